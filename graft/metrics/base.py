@@ -23,7 +23,10 @@ class RowOutcome(NamedTuple):
 
 
 class Metric(Variant):
-    """Base of all metrics; stateless. Reported as `eval/<type>`."""
+    """Base of all metrics; stateless. Reported as `eval/<type>`.
+
+    One that needs generated answers is also a reward that sampling objectives train on.
+    """
 
     needs: ClassVar[Literal["loss", "generation"]]
     mode: ClassVar[Literal["min", "max"]]

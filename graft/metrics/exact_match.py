@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from graft.core.errors import DataError
+from graft.metrics._answers import parse_json, score_answers
 from graft.metrics.base import METRICS, Metric, RowOutcome
 
 
@@ -33,20 +33,17 @@ class ExactMatchMetric(Metric):
 
     def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
         """Returns the share of matches, and 1 or 0 a row."""
-        if not rows:
-            raise DataError("no held-out prompt, so there is no answer to compare")
-        hits = [
-            float(_matches(row.reference, row.answer or "", self.compare, self.ignore_case))
-            for row in rows
-        ]
-        return sum(hits) / len(hits), hits
+        return score_answers(
+            rows,
+            lambda reference, answer: _matches(reference, answer, self.compare, self.ignore_case),
+        )
 
 
 @lru_cache(maxsize=65536)
 def _matches(reference: str, answer: str, compare: str, ignore_case: bool) -> bool:
     if compare != "text":
         try:
-            wanted = _parse(reference)
+            wanted = parse_json(reference)
         except (ValueError, RecursionError) as error:
             if compare == "json":
                 raise DataError(
@@ -55,26 +52,11 @@ def _matches(reference: str, answer: str, compare: str, ignore_case: bool) -> bo
                 ) from error
         else:
             try:
-                return bool(_canonical(_parse(answer)) == _canonical(wanted))
+                return bool(_canonical(parse_json(answer)) == _canonical(wanted))
             except (ValueError, RecursionError):
                 return False
     left, right = reference.strip(), answer.strip()
     return left.casefold() == right.casefold() if ignore_case else left == right
-
-
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice")
-    return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _canonical(value: Any) -> Any:

@@ -197,6 +197,18 @@ class EvalSection(StrictModel):
     confidence: float = Field(0.95, gt=0, lt=1)
     """Of the bootstrap intervals."""
 
+    @field_validator("metrics")
+    @classmethod
+    def metrics_are_distinct(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        """Refuses two metrics that would be reported under one name."""
+        names = [metric.type for metric in metrics]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"two metrics are of type {twice[0]!r}, both `eval/{twice[0]}`; keep one"
+            )
+        return metrics
+
 
 class VerifySection(StrictModel):
     """The parity gate: how far a compressed or merged form may stand from what was trained."""
@@ -352,9 +364,20 @@ class Recipe(StrictModel):
         if len(set(wanted)) != len(wanted):
             raise ValueError("search.objectives names one metric twice; keep one")
         known = [f"eval/{name}" for name in METRICS.names()]
+        listed = {metric.type for metric in self.eval.metrics}
         for metric in (*wanted, self.loop.gate.metric):
-            if metric.startswith("eval/") and metric not in known:
+            if not metric.startswith("eval/"):
+                continue
+            if metric not in known:
                 raise ValueError(
                     f"unknown metric {metric!r}.{nearest(metric, known)} Known: {', '.join(known)}"
+                )
+            name = metric.removeprefix("eval/")
+            fields = METRICS.get(name).model_fields
+            required = [key for key, field in fields.items() if field.is_required()]
+            if required and name not in listed:
+                raise ValueError(
+                    f"metric {metric!r} needs settings ({', '.join(required)}): "
+                    "list it with them in eval.metrics"
                 )
         return self

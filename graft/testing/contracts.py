@@ -57,8 +57,10 @@ class VariantContract:
 
     @pytest.fixture
     def variant(self, variant_class: type[Variant]) -> Variant:
-        """The class with its defaults; override where a field has none."""
-        return variant_class.model_validate({})
+        """The class with its defaults, and the first example of a field that has none."""
+        fields = variant_class.model_fields
+        given = {key: f.examples[0] for key, f in fields.items() if f.is_required() and f.examples}
+        return variant_class.model_validate(given)
 
     def test_settings_survive_json_and_pickle(self, variant: Variant) -> None:
         assert type(variant).model_validate(json.loads(variant.model_dump_json())) == variant
@@ -464,8 +466,8 @@ def _tensor_bytes(folder: Path) -> int:
 def _outcomes(*, is_good: bool) -> list[RowOutcome]:
     return [
         RowOutcome(
-            reference=f"lamp={number}",
-            answer=f"lamp={number}" if is_good else "I cannot say",
+            reference=f'{{"lamp": {number}}}',
+            answer=f'{{"lamp": {number}}}' if is_good else "I am sorry, I cannot say",
             loss_sum=(0.1 if is_good else 9.0) * (number + 1),
             num_tokens=4 + number,
         )

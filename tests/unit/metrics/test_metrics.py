@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from graft.core.errors import ConfigError, DataError
 from graft.metrics.base import METRICS, RowOutcome
+from graft.metrics.contains import ContainsMetric
 from graft.metrics.exact_match import ExactMatchMetric
+from graft.metrics.json_valid import JsonValidMetric
+from graft.metrics.length import LengthMetric
 from graft.metrics.loss import LossMetric
 from graft.metrics.perplexity import PerplexityMetric
+from graft.metrics.regex import RegexMetric
 
 
 def losses(*rows: tuple[float, int]) -> list[RowOutcome]:
@@ -83,3 +89,110 @@ def test_exact_match_can_be_held_to_one_comparison() -> None:
 def test_an_unknown_metric_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'perplexity'"):
         METRICS.build("perplexty")
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "is_valid"),
+    [
+        ({}, ' {"a": [1, null]}\n', True),
+        ({}, "7", True),
+        ({}, "lamp", False),
+        ({}, "", False),
+        ({}, 'Sure: {"a": 1}', False),
+        ({}, '{"a": 1, "a": 2}', False),
+        ({}, '{"a": NaN}', False),
+        ({}, "[" * 100_000, False),
+        ({"kind": "object"}, "7", False),
+        ({"kind": "object"}, "{}", True),
+        ({"kind": "array"}, "{}", False),
+        ({"kind": "array"}, "[]", True),
+        ({"keys": ["a", "b"]}, '{"b": 1, "a": 2, "c": 3}', True),
+        ({"keys": ["a", "b"]}, '{"a": 2}', False),
+        ({"keys": ["a"]}, '["a"]', False),
+    ],
+)
+def test_json_valid_tells_json_of_the_wanted_kind(
+    settings: dict[str, Any], answer: str, is_valid: bool
+) -> None:
+    metric = JsonValidMetric.model_validate(settings)
+    assert metric.score(answers(("ignored", answer))) == (is_valid, [is_valid])
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "is_match"),
+    [
+        ({"pattern": r"\d+"}, "lamp to 7", True),
+        ({"pattern": r"\d+", "full_match": True}, "lamp to 7", False),
+        ({"pattern": r"\d+", "full_match": True}, " 77\n", True),
+        ({"pattern": "LAMP"}, "lamp", False),
+        ({"pattern": "LAMP", "ignore_case": True}, "lamp", True),
+        ({"pattern": "a.b"}, "a\nb", False),
+        ({"pattern": "(?s)a.b"}, "a\nb", True),
+    ],
+)
+def test_regex_finds_its_pattern(settings: dict[str, Any], answer: str, is_match: bool) -> None:
+    metric = RegexMetric.model_validate(settings)
+    assert metric.score(answers(("ignored", answer))) == (is_match, [is_match])
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference", "answer", "score"),
+    [
+        ({}, "four", "four", 1.0),
+        ({}, "four", " fourfo\n", 0.5),  # 6 of 4 characters: half of the way to 8
+        ({}, "four", "fourfour", 0.0),
+        ({}, "four", "x" * 100, 0.0),
+        ({}, "four", "", 0.0),
+        ({}, "", "a", 1.0),
+        ({"min_chars": 4}, "", "abc", 0.75),
+        ({"min_chars": 4}, "", "abcd", 1.0),
+        ({"max_chars": 10, "falloff": 0.5}, "four", "x" * 10, 1.0),
+        ({"max_chars": 10, "falloff": 0.5}, "four", "x" * 12, 0.6),
+        ({"max_chars": 10, "falloff": 0.5}, "four", "x" * 15, 0.0),
+        ({"min_chars": 0}, "four", "", 1.0),
+    ],
+)
+def test_length_falls_linearly_outside_of_its_bounds(
+    settings: dict[str, Any], reference: str, answer: str, score: float
+) -> None:
+    metric = LengthMetric.model_validate(settings)
+    assert metric.score(answers((reference, answer)))[1] == [pytest.approx(score)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference", "answer", "score"),
+    [
+        ({}, " lamp\n", "the lamp is on", 1.0),
+        ({}, "lamp", "the Lamp is on", 0.0),
+        ({"ignore_case": True}, "lamp", "the Lamp is on", 1.0),
+        ({"texts": ["lamp", "on", "red", "7"]}, "", "the lamp is on", 0.5),
+        ({"texts": ["LAMP"], "ignore_case": True}, "", "lamp", 1.0),
+    ],
+)
+def test_contains_is_the_share_of_texts_found(
+    settings: dict[str, Any], reference: str, answer: str, score: float
+) -> None:
+    metric = ContainsMetric.model_validate(settings)
+    assert metric.score(answers((reference, answer))) == (score, [score])
+
+
+def test_an_empty_reference_is_not_looked_for() -> None:
+    with pytest.raises(DataError, match="every answer contains that; give `texts`"):
+        ContainsMetric().score(answers(("lamp", "lamp"), (" ", "anything")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"type": "regex"}, "Field required"),
+        ({"type": "regex", "pattern": ""}, "at least 1 character"),
+        ({"type": "regex", "pattern": "(a"}, r"'\(a' is no regular expression: missing \)"),
+        ({"type": "json_valid", "kind": "array", "keys": ["a"]}, "an array has no keys"),
+        ({"type": "length", "min_chars": 9, "max_chars": 4}, "max_chars 4 is below min_chars 9"),
+        ({"type": "length", "falloff": 0}, "greater than 0"),
+        ({"type": "contains", "texts": [""]}, "at least 1 character"),
+    ],
+)
+def test_a_metric_refuses_settings_that_cannot_score(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        METRICS.build(settings)
