@@ -18,6 +18,9 @@ from graft.data.records import Example, Message
 
 ROLES = ("system", "user", "assistant", "tool")
 
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+"""A CSV file has no other way to say it."""
+
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -72,7 +75,8 @@ def detect_format(row: Row, place: str) -> str:
         DataError: No format has these keys.
     """
     for name, keys in _KEYS.items():
-        if all(row.get(key) is not None for key in keys):
+        is_unlabelled = name == "unpaired" and str(row.get("label")).lower() not in _LABELS
+        if all(row.get(key) is not None for key in keys) and not is_unlabelled:
             return name
     raise DataError(
         f"{place}: no known format has the keys {', '.join(map(repr, row)) or '(none)'}; known: "
@@ -144,29 +148,53 @@ def _from_prompt_completion(row: Row, place: str, system: str | None) -> Example
 def _from_preference(row: Row, place: str, system: str | None) -> Example:
     chosen = _side(row["chosen"], "assistant", f"{place}: chosen")
     rejected = _side(row["rejected"], "assistant", f"{place}: rejected")
+    prompt = chosen[:-1]
+    if rejected[:-1] != prompt:
+        raise DataError(
+            f"{place}: the prompts of chosen and rejected differ; a pair is two answers to one "
+            "prompt, so only the last turns may"
+        )
     if row.get("prompt") is not None:
-        prompt = _side(row["prompt"], "user", f"{place}: prompt")
-    else:
-        prompt = chosen[:-1]
-        if not prompt or rejected[:-1] != prompt:
+        given = _side(row["prompt"], "user", f"{place}: prompt")
+        if prompt and prompt[-len(given) :] != given:
             raise DataError(
-                f"{place}: without 'prompt', chosen and rejected must be conversations that "
-                "differ in "
-                "their last turn only"
+                f"{place}: prompt is not what chosen and rejected reply to; leave it out, or leave "
+                "one assistant turn in each of them"
             )
-        chosen, rejected = chosen[-1:], rejected[-1:]
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if len(side) != 1 or side[0].role != "assistant":
-            raise DataError(f"{place}: {name} must be one assistant turn")
-    if chosen == rejected:
+        prompt = prompt or given
+    if not prompt:
+        raise DataError(
+            f"{place}: without 'prompt', chosen and rejected must be conversations that differ in "
+            "their last turn only"
+        )
+    answer = _require_answer(chosen[-1], f"{place}: chosen")
+    other = _require_answer(rejected[-1], f"{place}: rejected")
+    if answer == other:
         raise DataError(f"{place}: chosen and rejected are equal; nothing can be preferred")
-    whole = _conversation([*prompt, *chosen], place, system).messages
-    return Example(
-        source=place,
-        prompt=whole[:-1],
-        chosen=chosen[0].content,
-        rejected=rejected[0].content,
-    )
+    asked = _conversation([*prompt, chosen[-1]], place, system).messages[:-1]
+    return Example(source=place, prompt=asked, chosen=answer, rejected=other)
+
+
+def _from_unpaired(row: Row, place: str, system: str | None) -> Example:
+    prompt = _side(row["prompt"], "user", f"{place}: prompt")
+    completion = _side(row["completion"], "assistant", f"{place}: completion")
+    if len(completion) != 1:
+        raise DataError(f"{place}: completion must be one assistant turn")
+    answer = _require_answer(completion[0], f"{place}: completion")
+    label = str(row["label"]).lower()
+    if label not in _LABELS:
+        raise DataError(
+            f"{place}: label must say whether the completion is wanted, true or false, not "
+            f"{row['label']!r}"
+        )
+    asked = _conversation([*prompt, *completion], place, system).messages[:-1]
+    return Example(source=place, prompt=asked, answer=answer, is_wanted=_LABELS[label])
+
+
+def _require_answer(turn: Message, place: str) -> str:
+    if turn.role != "assistant":
+        raise DataError(f"{place} must end with an assistant turn, not the {turn.role}'s")
+    return turn.content
 
 
 def _from_text(row: Row, place: str, system: str | None) -> Example:
@@ -178,6 +206,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "preference": ("chosen", "rejected"),
     "alpaca": ("instruction", "output"),
+    "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
@@ -188,6 +217,7 @@ _CONVERTERS: dict[str, Callable[[Row, str, str | None], Example]] = {
     "sharegpt": _from_sharegpt,
     "preference": _from_preference,
     "alpaca": _from_alpaca,
+    "unpaired": _from_unpaired,
     "prompt_completion": _from_prompt_completion,
     "text": _from_text,
 }
@@ -233,9 +263,8 @@ def _text(value: Any, place: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: the content holds half a surrogate pair ({value[error.start]!a}), which "
-            "is no "
-            "character; remove it"
+            f"{place}: the content holds half a surrogate pair ({value[error.start]!a}), which is "
+            "no character; remove it"
         ) from error
     return value
 
@@ -266,8 +295,7 @@ def _conversation(turns: list[Message], place: str, system: str | None) -> Examp
         )
     if roles[-1] != "assistant":
         raise DataError(
-            f"{place}: the last turn is the {roles[-1]}'s; nothing after the last assistant "
-            "turn can be "
-            "learned, so end the row there"
+            f"{place}: the last turn is the {roles[-1]}'s; nothing after the last assistant turn "
+            "can be learned, so end the row there"
         )
     return Example(source=place, messages=tuple(turns))

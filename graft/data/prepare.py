@@ -10,6 +10,7 @@ from graft.core.errors import DataError
 from graft.core.files import sha256_json
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.data.fit import fit_row, require_right_mask
 from graft.data.formats import load_examples
 from graft.data.records import EvalPrompt, Example, TokenRow
 
@@ -70,6 +71,9 @@ class PreparedData(NamedTuple):
     eval: list[TokenRow]
     prompts: list[EvalPrompt]
     proof: DataProof
+    preferences: Sequence[TokenRow] = ()
+    """Held-out pairs, the chosen answer as branch 1 and the rejected one as 2; of whatever
+    objective."""
 
 
 def prepare_data(
@@ -112,7 +116,10 @@ def prepare_data(
         num_shared_prompts=num_shared,
     )
     prompts = [prompt for e in held_out if (prompt := _eval_prompt(e, template)) is not None]
-    return PreparedData(train_rows, eval_rows, prompts, proof)
+    preferences = [
+        fit_row(_pair(e, template), section, template) for e in held_out if e.chosen is not None
+    ]
+    return PreparedData(train_rows, eval_rows, prompts, proof, preferences)
 
 
 def _tokenize(
@@ -123,9 +130,9 @@ def _tokenize(
     template: ChatTemplate,
 ) -> tuple[list[TokenRow], SplitProof]:
     whole = [row for example in examples for row in objective.rows(example, template)]
-    rows = [_fit(row, section, template) for row in whole]
+    rows = [fit_row(row, section, template) for row in whole]
     for row in rows:
-        _require_right_mask(row)
+        require_right_mask(row)
     lengths = [len(row.input_ids) for row in rows]
     supervised = [sum(row.is_supervised) for row in rows]
     contents = [_content(example) for example in examples]
@@ -141,38 +148,6 @@ def _tokenize(
         num_duplicates=len(contents) - len(set(contents)),
     )
     return rows, proof
-
-
-def _fit(row: TokenRow, section: DataSection, template: ChatTemplate) -> TokenRow:
-    """Returns the row itself where it is short enough, else refuses or cuts it."""
-    length = len(row.input_ids)
-    limit = min(section.max_length, template.context_tokens)
-    if length <= limit:
-        return row
-    if section.on_overflow == "refuse":
-        is_context = limit == template.context_tokens
-        name = "the model's context" if is_context else "data.max_length"
-        raising = "" if is_context else "raise data.max_length (up to the model's context), "
-        raise DataError(
-            f"{row.source}: the row has {length} tokens, and {name} is {limit}; shorten or "
-            f"remove the row, {raising}or set data.on_overflow: truncate"
-        )
-    return TokenRow(row.input_ids[:limit], row.is_supervised[:limit], row.source)
-
-
-def _require_right_mask(row: TokenRow) -> None:
-    if not any(row.is_supervised):
-        raise DataError(
-            f"{row.source}: no token of the row is supervised, so it teaches nothing; if it was "
-            "cut, "
-            "raise data.max_length"
-        )
-    if row.is_supervised[0]:
-        raise DataError(
-            f"{row.source}: the mask is inverted: the first token is supervised, and nothing "
-            "stands "
-            "before it that could predict it"
-        )
 
 
 def _count_shared(train: list[Example], held_out: list[Example]) -> int:
@@ -203,17 +178,25 @@ def _prompt_key(example: Example) -> str:
 
 
 def _eval_prompt(example: Example, template: ChatTemplate) -> EvalPrompt | None:
-    """The prompt of a held-out example: everything before its last answer; None for plain text."""
-    if example.text is not None:
+    """The prompt of a held-out example: everything before its last answer.
+
+    None where no wanted answer is known: of plain text, and of an unwanted answer.
+    """
+    if example.text is not None or example.is_wanted is False:
         return None
     messages = example.prompt or example.messages[:-1]
-    reference = example.chosen if example.chosen is not None else example.messages[-1].content
+    reference = example.chosen or example.answer or example.messages[-1].content
     return EvalPrompt(
         prompt_ids=template.prompt_ids(messages, source=example.source),
         reference=reference,
         source=example.source,
         messages=[{"role": turn.role, "content": turn.content} for turn in messages],
     )
+
+
+def _pair(example: Example, template: ChatTemplate) -> TokenRow:
+    answers = (example.chosen or "", example.rejected or "")
+    return template.answers(example.prompt, answers, source=example.source)
 
 
 def _spread(counts: list[int]) -> Spread:

@@ -17,7 +17,14 @@ class DataSection(StrictModel):
     eval: str | None = None
     """Held-out rows, same forms. Without it, metrics on held-out rows cannot be asked for."""
     format: Literal[
-        "auto", "messages", "alpaca", "sharegpt", "prompt_completion", "preference", "text"
+        "auto",
+        "messages",
+        "alpaca",
+        "sharegpt",
+        "prompt_completion",
+        "preference",
+        "unpaired",
+        "text",
     ] = "auto"
     """The rows' shape; `auto` recognises it from the first row's keys and says so."""
     max_length: int = Field(1024, ge=8)

@@ -100,6 +100,27 @@ class ChatTemplate:
         _require_prefix(text, prompt, source)
         return ids + self._encode(prompt[len(text) :], is_first=not ids)
 
+    def answers(
+        self, prompt: Sequence[Turn], answers: Sequence[str], *, source: str = "conversation"
+    ) -> TokenRow:
+        """Tokenizes answers to one prompt as the branches of one row.
+
+        Every answer is supervised with its end token; behind the prompt it is the same tokens as
+        it is in a conversation of its own.
+
+        Raises:
+            DataError: The template cannot be cut at the turns.
+        """
+        ids = self.prompt_ids(prompt, source=source)
+        num_prompt = len(ids)
+        branch = [0] * num_prompt
+        for number, answer in enumerate(answers, 1):
+            turns = [*prompt, Message(role="assistant", content=answer)]
+            own = self.tokens(turns, source=source).input_ids[num_prompt:]
+            ids = ids + own
+            branch += [number] * len(own)
+        return TokenRow(ids, [of > 0 for of in branch], source, branch)
+
     def _pieces(self, messages: list[dict[str, str]], source: str) -> list[_Piece]:
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError(f"{source}: the conversation has no assistant turn to learn from")

@@ -1,13 +1,19 @@
-"""Rows into micro-batches: grouped by length, padded on the right, ordered by slot."""
+"""Rows into micro-batches: grouped by length, padded on the right, ordered by slot.
+
+A row with several branches is one line of the batch where the model can let its branches share the
+prompt's forward pass. Elsewhere it is *expanded*: each branch becomes a line behind its own copy of
+the prompt. What comes out, target by target, has the same order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from graft.data.records import TokenRow
 
@@ -27,62 +33,172 @@ class MicroBatch:
 
     rows: tuple[RoutedRow, ...]
     """In slot order."""
+    lines: tuple[int, ...]
+    """Row of each line of the batch, ascending; a line is a row, or a branch of an expanded one."""
     input_ids: torch.Tensor
-    """`[rows, tokens]`, int64, padded on the right."""
+    """`[lines, tokens]`, int64, padded on the right."""
     attention_mask: torch.Tensor | None
-    """`[rows, tokens]`, None where nothing is padded."""
+    """`[lines, tokens]`, None where nothing is padded."""
+    branches: torch.Tensor | None
+    """Branch of each token, `[lines, tokens]`; None where no line has several."""
+    position_ids: torch.Tensor | None
+    """`[lines, tokens]`; None where every line counts from 0."""
+    columns: torch.Tensor | None
+    """Column that each token has in its row, `[lines, tokens]`; None where no row is expanded."""
     supervised_rows: torch.Tensor
-    """Row of each supervised token, `[positions]`."""
+    """Row of each supervised token, `[positions]`, ascending, each row's in the row's own order."""
+    supervised_lines: torch.Tensor
+    """Line of each supervised token, `[positions]`."""
     supervised_tokens: torch.Tensor
-    """Column of each supervised token, `[positions]`; it is predicted from the column before."""
+    """Place of each supervised token in its line, `[positions]`."""
+    predicting_tokens: torch.Tensor
+    """Place of the token that predicts it, `[positions]`: the one before, or the prompt's last."""
+    supervised_branches: torch.Tensor
+    """Branch of each supervised token, `[positions]`; 0 in rows that do not branch."""
 
     @property
     def slots(self) -> tuple[tuple[str | None, int], ...]:
         """Slots with their numbers of rows, in order."""
-        return tuple(
-            (slot, len(list(group))) for slot, group in groupby(self.rows, key=lambda r: r.slot)
-        )
+        return _counted(routed.slot for routed in self.rows)
+
+    @property
+    def slot_lines(self) -> tuple[tuple[str | None, int], ...]:
+        """Slots with their numbers of lines, in order."""
+        return _counted(self.rows[at].slot for at in self.lines)
 
 
-def collate(rows: Sequence[RoutedRow], device: torch.device) -> MicroBatch:
-    """Pads the rows to the longest; rows must stand in slot order."""
-    longest = max(len(r.row.input_ids) for r in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    supervised = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, routed in enumerate(rows):
-        length = len(routed.row.input_ids)
-        input_ids[i, :length] = torch.tensor(routed.row.input_ids)
-        mask[i, :length] = 1
-        supervised[i, :length] = torch.tensor(routed.row.is_supervised)
-    supervised[:, 0] = False  # nothing stands before the first token
-    where = supervised.nonzero()
+def _counted(slots: Iterable[str | None]) -> tuple[tuple[str | None, int], ...]:
+    return tuple((slot, len(list(group))) for slot, group in groupby(slots))
+
+
+class _Line(NamedTuple):
+    """Some columns of a row, and what follows from its branches."""
+
+    row: int
+    columns: list[int]
+    input_ids: list[int]
+    branches: list[int]
+    before: list[int]
+    """Place of the token that each one follows; -1 for the first."""
+    is_target: list[bool]
+
+
+def _lines(at: int, row: TokenRow, *, shares_prompts: bool) -> list[_Line]:
+    if shares_prompts or row.num_branches == 1:
+        return [_line(at, row, list(range(len(row.input_ids))), has_prompt=True)]
+    numbers = range(1, row.num_branches + 1)
+    return [_line(at, row, row.branch_columns(k), has_prompt=k == 1) for k in numbers]
+
+
+def _line(at: int, row: TokenRow, columns: list[int], *, has_prompt: bool) -> _Line:
+    """Args: has_prompt: whether the prompt's own targets count here; they count once a row."""
+    branches = [row.branch[column] for column in columns] if row.branch else [0] * len(columns)
+    last_of_prompt = branches.count(0) - 1
+    before = [
+        place - 1 if place == 0 or branches[place] == branches[place - 1] else last_of_prompt
+        for place in range(len(columns))
+    ]
+    targets = set(row.targets)
+    is_target = [
+        column in targets and (has_prompt or branch > 0)
+        for column, branch in zip(columns, branches, strict=True)
+    ]
+    ids = [row.input_ids[column] for column in columns]
+    return _Line(at, columns, ids, branches, before, is_target)
+
+
+def _positions(line: _Line) -> list[int]:
+    positions: list[int] = []
+    for before in line.before:
+        positions.append(positions[before] + 1 if before >= 0 else 0)
+    return positions
+
+
+def collate(
+    rows: Sequence[RoutedRow], device: torch.device, *, shares_prompts: bool = True
+) -> MicroBatch:
+    """Pads the rows to the longest.
+
+    Args:
+        rows: In slot order.
+        device: Where the tensors go.
+        shares_prompts: Branches share a line with their prompt; else rows are expanded.
+    """
+    lines = [
+        line
+        for at, routed in enumerate(rows)
+        for line in _lines(at, routed.row, shares_prompts=shares_prompts)
+    ]
+
+    def padded(values: list[list[int]]) -> torch.Tensor:
+        return pad_sequence([torch.tensor(v) for v in values], batch_first=True).to(device)
+
+    is_branched = any(max(line.branches) > 1 for line in lines if shares_prompts)
+    is_expanded = len(lines) > len(rows)
+    mask = padded([[1] * len(line.input_ids) for line in lines])
+    targets = [
+        (line.row, number, place, line.before[place], line.branches[place])
+        for number, line in enumerate(lines)
+        for place, is_target in enumerate(line.is_target)
+        if is_target
+    ]
+    found = torch.tensor(targets, dtype=torch.long).reshape(-1, 5).to(device).unbind(1)
     return MicroBatch(
         rows=tuple(rows),
-        input_ids=input_ids.to(device),
-        attention_mask=None if bool(mask.all()) else mask.to(device),
-        supervised_rows=where[:, 0].to(device),
-        supervised_tokens=where[:, 1].to(device),
+        lines=tuple(line.row for line in lines),
+        input_ids=padded([line.input_ids for line in lines]),
+        attention_mask=None if bool(mask.all()) else mask,
+        branches=padded([line.branches for line in lines]) if is_branched else None,
+        position_ids=padded([_positions(line) for line in lines]) if is_branched else None,
+        columns=padded([line.columns for line in lines]) if is_expanded else None,
+        supervised_rows=found[0],
+        supervised_lines=found[1],
+        supervised_tokens=found[2],
+        predicting_tokens=found[3],
+        supervised_branches=found[4],
     )
 
 
 def micro_batches(
-    rows: Sequence[RoutedRow], max_tokens: int, device: torch.device
+    rows: Sequence[RoutedRow],
+    max_tokens: int,
+    device: torch.device,
+    *,
+    shares_prompts: bool = True,
 ) -> list[MicroBatch]:
     """Splits rows into micro-batches of similar length.
 
     Args:
         rows: Of any slots, in any order.
-        max_tokens: Padded tokens of one micro-batch; a longer row stands alone.
+        max_tokens: Padded tokens of one micro-batch; a longer row stands alone, with all its
+            branches.
         device: Where the tensors go.
+        shares_prompts: Branches share a line with their prompt; else rows are expanded.
     """
-    by_length = sorted(rows, key=lambda r: (-len(r.row.input_ids), str(r.slot), r.position))
+    sized = [(*_size(r.row, shares_prompts=shares_prompts), r) for r in rows]
+    sized.sort(key=lambda s: (-s[1], str(s[2].slot), s[2].position))
     groups: list[list[RoutedRow]] = []
-    for routed in by_length:
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].row.input_ids) <= max_tokens:
+    num_lines = longest = 0
+    for lines, length, routed in sized:
+        num_lines += lines
+        if groups and num_lines * longest <= max_tokens:
             groups[-1].append(routed)
         else:
             groups.append([routed])
+            num_lines, longest = lines, length
     return [
-        collate(sorted(group, key=lambda r: (str(r.slot), r.position)), device) for group in groups
+        collate(
+            sorted(group, key=lambda r: (str(r.slot), r.position)),
+            device,
+            shares_prompts=shares_prompts,
+        )
+        for group in groups
     ]
+
+
+def _size(row: TokenRow, *, shares_prompts: bool) -> tuple[int, int]:
+    """Lines that a row takes, and the longest one's tokens."""
+    if shares_prompts or row.num_branches == 1:
+        return 1, len(row.input_ids)
+    lengths = [len(row.branch_columns(k)) for k in range(1, row.num_branches + 1)]
+    return len(lengths), max(lengths)

@@ -12,7 +12,8 @@ import torch
 
 from graft.data.records import TokenRow
 from graft.engine.batches import RoutedRow, micro_batches
-from graft.engine.multi import MultiAdapterModel, Routing
+from graft.engine.logprobs import batch_hidden
+from graft.engine.multi import MultiAdapterModel
 
 NUM_ROWS = 64
 """Rows read; the moments of a few thousand tokens are stable."""
@@ -97,14 +98,12 @@ def input_moments(
     handles = [m.register_forward_pre_hook(watch.hook(name)) for name, m in modules.items()]
     try:
         routed = [RoutedRow(None, row, at) for at, row in enumerate(rows[:NUM_ROWS])]
-        for batch in micro_batches(routed, MAX_TOKENS, model.device):
+        for batch in micro_batches(
+            routed, MAX_TOKENS, model.device, shares_prompts=model.shares_prompts
+        ):
             mask = batch.attention_mask
             watch.real_NT = (torch.ones_like(batch.input_ids) if mask is None else mask).bool()
-            model.hidden(
-                batch.input_ids,
-                routing=Routing.single(None, len(batch.rows)),
-                attention_mask=mask,
-            )
+            batch_hidden(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -145,7 +145,9 @@ def row_losses(
     routed = [RoutedRow(slot, row, index) for index, row in enumerate(rows)]
     totals = [(0.0, 0)] * len(rows)
     with progress.task("held-out loss", len(rows), "row") as task:
-        for batch in micro_batches(routed, LOSS_TOKENS, model.device):
+        for batch in micro_batches(
+            routed, LOSS_TOKENS, model.device, shares_prompts=model.shares_prompts
+        ):
             logprobs = supervised_logprobs(model, batch)
             num_rows = len(batch.rows)
             sums = torch.zeros(num_rows, dtype=torch.float64, device=model.device)

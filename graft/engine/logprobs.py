@@ -5,14 +5,17 @@ Shapes: P supervised positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from graft.data.records import TokenRow
 from graft.engine.batches import MicroBatch
 from graft.engine.multi import MultiAdapterModel, Routing
 from graft.methods.routing import DropoutStream
+from graft.objectives.base import TokenOutputs
 
 _CHUNK_POSITIONS = 1024
 """Positions whose logits stand in memory at once; more are recomputed in the backward pass."""
@@ -33,21 +36,76 @@ def supervised_logprobs(
     Returns:
         Log-probability of each supervised token, `[positions]`, fp32 or fp64.
     """
-    names = tuple(slot for slot, _ in batch.slots)
-    counts = tuple(count for _, count in batch.slots)
+    hidden = batch_hidden(model, batch, streams)
+    hidden_PH = hidden[batch.supervised_lines, batch.predicting_tokens]
+    targets_P = batch.input_ids[batch.supervised_lines, batch.supervised_tokens]
+    return target_logprobs(model, hidden_PH, targets_P)
+
+
+def slot_outputs(
+    batch: MicroBatch,
+    logprobs_P: torch.Tensor,
+    statistics: Mapping[str, Mapping[str, float]],
+) -> dict[str, TokenOutputs]:
+    """Divides what came of a micro-batch between its slots.
+
+    Args:
+        batch: Rows that all belong to a slot.
+        logprobs_P: Of its supervised tokens.
+        statistics: Of the whole step, by slot.
+    """
+    found = {}
+    start = 0
+    for name, count in batch.slots:
+        assert name is not None  # training rows always belong to a slot
+        is_own = (batch.supervised_rows >= start) & (batch.supervised_rows < start + count)
+        rows = tuple(routed.row for routed in batch.rows[start : start + count])
+        found[name] = TokenOutputs(
+            rows,
+            logprobs_P[is_own],
+            batch.supervised_rows[is_own] - start,
+            batch.supervised_branches[is_own],
+            extra=_extra_of(rows, logprobs_P),
+            statistics=statistics.get(name, {}),
+        )
+        start += count
+    return found
+
+
+def _extra_of(rows: Sequence[TokenRow], like: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = set.intersection(*(set(row.extra or ()) for row in rows))
+    return {
+        name: like.new_tensor([value for row in rows for value in (row.extra or {})[name]])
+        for name in sorted(names)
+    }
+
+
+def batch_hidden(
+    model: MultiAdapterModel,
+    batch: MicroBatch,
+    streams: Callable[[str, torch.Tensor], DropoutStream] | None = None,
+) -> torch.Tensor:
+    """Runs one micro-batch; returns final hidden states, `[lines, tokens, hidden]`."""
+    names = tuple(slot for slot, _ in batch.slot_lines)
+    counts = tuple(count for _, count in batch.slot_lines)
     made: list[DropoutStream | None] = []
     if streams is not None:
-        for name in names:
-            rows = torch.tensor([r.position for r in batch.rows if r.slot == name])
-            made.append(None if name is None else streams(name, rows.to(model.device)))
-    hidden = model.hidden(
+        positions = torch.tensor([batch.rows[at].position for at in batch.lines])
+        of_slots = positions.to(model.device).split(counts)
+        made = [
+            None if name is None else streams(name, rows)
+            for name, rows in zip(names, of_slots, strict=True)
+        ]
+        if batch.columns is not None:
+            columns = batch.columns.split(counts)
+            made = [s and replace(s, columns=c) for s, c in zip(made, columns, strict=True)]
+    return model.hidden(
         batch.input_ids,
         routing=Routing(names, counts, tuple(made)),
         attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        branches=batch.branches,
     )
-    hidden_PH = hidden[batch.supervised_rows, batch.supervised_tokens - 1]
-    targets_P = batch.input_ids[batch.supervised_rows, batch.supervised_tokens]
-    return target_logprobs(model, hidden_PH, targets_P)
 
 
 def target_logprobs(

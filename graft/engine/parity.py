@@ -185,7 +185,7 @@ def _hidden(form: Form, batch: MicroBatch) -> torch.Tensor:
         routing=Routing.single(form.slot, len(batch.rows)),
         attention_mask=None if mask is None else mask.to(device),
     )
-    return hidden[batch.supervised_rows.to(device), batch.supervised_tokens.to(device) - 1]
+    return hidden[batch.supervised_lines.to(device), batch.predicting_tokens.to(device)]
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:

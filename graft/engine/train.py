@@ -16,23 +16,25 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from pydantic import Field
 
-from graft.core.errors import DataError, TrainingError
+from graft.core.errors import DataError, GraftError, TrainingError
 from graft.core.model import StrictModel
 from graft.data.records import TokenRow
+from graft.engine.accumulate import SlotStep, accumulate
 from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
-from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
+from graft.engine.batches import RoutedRow
 from graft.engine.calibrate import input_moments
-from graft.engine.logprobs import supervised_logprobs
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.order import batch_rows
+from graft.engine.reference import References
 from graft.engine.schedule import learning_rate
+from graft.engine.scoring import outputs_of, score_rows
 from graft.methods.base import Method
 from graft.methods.layerwise import LayerMethod
-from graft.methods.routing import DropoutStream
 from graft.methods.whole import WholeMethod
-from graft.objectives.base import Objective
+from graft.objectives.base import REFERENCE, Objective
 from graft.recipe.sections import Recipe, TrainSection
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class StepReport(StrictModel):
     grad_norm: float
     """Before clipping."""
     num_tokens: int
-    """Tokens without padding, over all workers."""
+    """Tokens without padding, over all workers; a prompt that answers share counts once."""
     num_supervised_tokens: int
     seconds: float
     """Of the whole step, with all other slots in it."""
@@ -57,6 +59,8 @@ class StepReport(StrictModel):
     """False where loss or gradient is NaN or infinite; the slot was then not stepped."""
     is_finished: bool
     """All steps of the recipe are done."""
+    figures: dict[str, float] = Field(default_factory=dict)
+    """What the objective tells of itself (`reward_accuracy`), means over the step's rows."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Trainer:
         self.model = model
         self.backend: Backend = backend or TorchBackend()
         self._jobs: dict[str, _Job] = {}
+        self._references = References(model, self.backend)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -113,24 +118,34 @@ class Trainer:
             name: Unique among the slots.
             recipe: Its method, objective and training settings.
             rows: Its training rows.
-            tensors: Weights to start from; None draws them from `train.seed`.
+            tensors: Weights to start from, and an objective's reference; None draws them from
+                `train.seed`, and the reference is the bare base.
             state: A checkpoint to continue from; it has the weights too.
 
         Raises:
             DataError: There are no rows.
             AdapterError: The weights do not fit.
+            ConfigError: There is no memory for a reference.
         """
         if not rows:
             raise DataError("no training rows; data.train must have at least one")
+        if name in self._jobs:
+            raise TrainingError(f"a slot named {name!r} is already in training")
+        if "reference" in recipe.objective.needs:
+            self._references.join(name, recipe.method, tensors)
         tensors = state.tensors if state else tensors
-        self.model.add_slot(
-            name,
-            recipe.method,
-            tensors=tensors,
-            seed=recipe.train.seed,
-            trainable=True,
-            moments=self._moments(recipe.method, rows) if tensors is None else None,
-        )
+        try:
+            self.model.add_slot(
+                name,
+                recipe.method,
+                tensors=tensors,
+                seed=recipe.train.seed,
+                trainable=True,
+                moments=self._moments(recipe.method, rows) if tensors is None else None,
+            )
+        except GraftError:
+            self._references.leave(name)
+            raise
         parameters = self.model.parameters(name)
         self.backend.attach(name, parameters, recipe.train, recipe.method.lr_scale)
         if state is not None:
@@ -164,6 +179,7 @@ class Trainer:
         del self._jobs[name]
         self.backend.detach(name)
         self.model.remove_slot(name)
+        self._references.leave(name)
 
     def state(self, name: str) -> SlotState:
         """A copy of all that the slot needs to continue elsewhere.
@@ -190,12 +206,9 @@ class Trainer:
             return {}
         for name, job in active.items():
             self._pick_trained(name, job)
-        taken = {name: self._rows_of_step(name, job) for name, job in active.items()}
-        weights = {
-            name: sum(active[name].objective.row_weight(r.row) for r in rows)
-            for name, rows in taken.items()
-        }
-        losses = self._accumulate(active, taken, weights)
+        taken = {name: self._slot_step(name, job) for name, job in active.items()}
+        sums = accumulate(self.model, self.backend, taken, lambda: self._regularization(active))
+        losses = {name: sums[name].loss for name in active}
         lrs = {name: learning_rate(job.settings, job.step) for name, job in active.items()}
         finite = {name: lrs[name] for name in active if math.isfinite(losses[name])}
         norms = self.backend.step(
@@ -213,11 +226,12 @@ class Trainer:
                 loss=losses[name],
                 lr=lrs[name],
                 grad_norm=norm,
-                num_tokens=sum(len(r.row.input_ids) for r in taken[name]),
-                num_supervised_tokens=sum(sum(r.row.is_supervised) for r in taken[name]),
+                num_tokens=sum(len(r.row.input_ids) for r in taken[name].rows),
+                num_supervised_tokens=sum(sum(r.row.is_supervised) for r in taken[name].rows),
                 seconds=seconds,
                 is_finite=math.isfinite(losses[name]) and math.isfinite(norm),
                 is_finished=job.step >= job.settings.steps,
+                figures=sums[name].figures,
             )
         return reports
 
@@ -256,62 +270,41 @@ class Trainer:
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() / self.backend.world_size if terms else None
 
-    def _rows_of_step(self, name: str, job: _Job) -> list[RoutedRow]:
-        settings = job.settings
+    def _slot_step(self, name: str, job: _Job) -> SlotStep:
+        """Takes the rows of the job's next step, with what its objective needs beside them."""
+        settings, objective = job.settings, job.objective
         indices = batch_rows(settings.seed, job.step, settings.batch_size, len(job.rows))
-        return [RoutedRow(name, job.rows[index], i) for i, index in enumerate(indices)]
-
-    def _accumulate(
-        self,
-        active: dict[str, _Job],
-        taken: dict[str, list[RoutedRow]],
-        weights: dict[str, float],
-    ) -> dict[str, float]:
-        """Runs forward and backward over this worker's rows; returns each slot's loss over all."""
-        everyone = [row for rows in taken.values() for row in rows]
-        everyone.sort(key=lambda r: (-len(r.row.input_ids), str(r.slot), r.position))
-        own = everyone[self.backend.world_rank :: self.backend.world_size]
-        max_tokens = max(job.settings.micro_batch_tokens for job in active.values())
-        batches = micro_batches(own, max_tokens, self.model.device)
-        num_runs = self.backend.forward_backward_count(len(batches))
-        idle = micro_batches(everyone[-1:], max_tokens, self.model.device)[0]
-        totals = dict.fromkeys(active, 0.0)
-        for run in range(num_runs):
-            is_idle = run >= len(batches)
-            batch = idle if is_idle else batches[run]
-            sums = self._loss_sums(active, batch)
-            loss = torch.stack([total / weights[name] for name, total in sums.items()]).sum()
-            # An idle worker runs along with weight 0: collectives inside the model need everyone.
-            loss = loss * 0.0 if is_idle else loss
-            if run == 0 and (extra := self._regularization(active)) is not None:
-                loss = loss + extra
-            self.backend.backward(loss, is_last=run == num_runs - 1)
-            if not is_idle:
-                for name, total in sums.items():
-                    totals[name] += float(total.detach()) / weights[name]
-        summed = self.backend.all_reduce_sum(
-            torch.tensor([totals[name] for name in active], dtype=torch.float64)
+        rows = [job.rows[index] for index in indices]
+        statistics = self._statistics(name, job, rows)
+        if "reference" in objective.needs:
+            found = self._references.scores(name, rows, max_tokens=settings.micro_batch_tokens)
+            rows = [
+                row._replace(extra={**(row.extra or {}), REFERENCE: scores})
+                for row, scores in zip(rows, found, strict=True)
+            ]
+        return SlotStep(
+            objective,
+            [RoutedRow(name, row, at) for at, row in enumerate(rows)],
+            settings.seed,
+            job.step,
+            settings.micro_batch_tokens,
+            statistics,
         )
-        return {name: float(value) for name, value in zip(active, summed, strict=True)}
 
-    def _loss_sums(self, active: dict[str, _Job], batch: MicroBatch) -> dict[str, torch.Tensor]:
-        logprobs = supervised_logprobs(
-            self.model,
-            batch,
-            lambda name, rows: DropoutStream(active[name].settings.seed, active[name].step, rows),
-        )
-        sums = {}
-        start = 0
-        for name, count in batch.slots:
-            assert name is not None  # training rows always belong to a slot
-            of_slot = (batch.supervised_rows >= start) & (batch.supervised_rows < start + count)
-            sums[name] = (
-                active[name]
-                .objective.loss(logprobs[of_slot], batch.supervised_rows[of_slot] - start, count)
-                .sum()
+    def _statistics(self, name: str, job: _Job, rows: list[TokenRow]) -> dict[str, float]:
+        """What the objective makes of the whole step before its gradient pass."""
+        probes = job.objective.probe_rows(rows)
+        if not probes:
+            return {}
+        max_tokens = job.settings.micro_batch_tokens
+        self.model.weights_changed()
+        logprobs = score_rows(self.model, name, probes, backend=self.backend, max_tokens=max_tokens)
+        extra = {}
+        if "reference" in job.objective.needs:
+            extra[REFERENCE] = self._references.scores(
+                name, probes, max_tokens=max_tokens, keeps=False
             )
-            start += count
-        return sums
+        return job.objective.statistics(outputs_of(probes, logprobs, extra))
 
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:

@@ -46,8 +46,9 @@ def keep_scale(
     device = stream.rows.device
     key = derive_seed("dropout", stream.seed, stream.step, site_index)
     row_N = _mix(stream.rows.to(torch.int32) * 0x01000193 + _as_int32(key))
-    token_T = torch.arange(tokens, dtype=torch.int32, device=device) * 0x27D4EB2F
-    hashed_NT = _mix((row_N[:, None] ^ _as_int32(key >> 32)) + token_T)
+    column_NT = torch.arange(tokens, device=device) if stream.columns is None else stream.columns
+    token_NT = column_NT.to(torch.int32) * 0x27D4EB2F
+    hashed_NT = _mix((row_N[:, None] ^ _as_int32(key >> 32)) + token_NT)
     feature_F = torch.arange(features, dtype=torch.int32, device=device) * _as_int32(0x9E3779B1)
     hashed_NTF = _mix(hashed_NT[:, :, None] + feature_F)
     hashed_NTF &= _LOW_31_BITS

@@ -23,6 +23,8 @@ class DropoutStream:
     step: int
     rows: torch.Tensor
     """Global row index in the step's batch of this slot, `[rows]`, int64."""
+    columns: torch.Tensor | None = None
+    """Which token of its row each one is, `[rows, tokens]`, int64; None counts from 0."""
 
 
 Observed = dict[tuple[str, str], list["torch.Tensor"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graft.core.errors import DataError
-from graft.objectives.base import OBJECTIVES, Objective
+from graft.objectives.base import OBJECTIVES, Objective, TokenOutputs
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,6 @@ class SftObjective(Objective):
         """Counts the supervised tokens."""
         return float(sum(row.is_supervised))
 
-    def loss(
-        self, logprobs_P: torch.Tensor, row_index_P: torch.Tensor, num_rows: int
-    ) -> torch.Tensor:
+    def loss(self, outputs: TokenOutputs) -> torch.Tensor:
         """Sums the negative log-likelihood of each row's supervised tokens."""
-        return logprobs_P.new_zeros(num_rows).index_add(0, row_index_P, -logprobs_P)
+        return -outputs.row_sums(outputs.logprobs_P)

@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     import torch
 
     from graft.compressors.base import Adapter, Compressor
+    from graft.data.records import TokenRow
+    from graft.data.template import ChatTemplate
     from graft.engine.multi.model import MultiAdapterModel
     from graft.engine.train import SlotState, Trainer
     from graft.methods.base import Method
-    from graft.objectives.base import Objective
+    from graft.objectives.base import Objective, TokenOutputs
 
 
 class VariantContract:
@@ -249,14 +252,22 @@ class ObjectiveContract(VariantContract):
         kinds: dict[str, dict[str, Any]] = {
             "messages": {"messages": (user, assistant)},
             "preference": {"prompt": (user,), "chosen": assistant.content, "rejected": "no"},
+            "unpaired": {"prompt": (user,), "answer": assistant.content, "is_wanted": True},
             "text": {"text": assistant.content},
         }
         return Example(source="contract:1", **kinds[min(variant.columns)])
 
-    def test_its_rows_have_targets_and_weight(self, variant: Objective, example: Example) -> None:
+    @pytest.fixture
+    def template(self) -> ChatTemplate:
+        """Of the tiny model."""
         from graft.data.template import ChatTemplate
 
-        rows = variant.rows(example, ChatTemplate(tiny_tokenizer()))
+        return ChatTemplate(tiny_tokenizer())
+
+    def test_its_rows_have_targets_and_weight(
+        self, variant: Objective, example: Example, template: ChatTemplate
+    ) -> None:
+        rows = variant.rows(example, template)
         assert rows
         for row in rows:
             assert len(row.input_ids) == len(row.is_supervised)
@@ -264,22 +275,30 @@ class ObjectiveContract(VariantContract):
             assert row.source == example.source
             assert variant.row_weight(row) > 0
 
-    def test_its_loss_is_a_sum_over_rows(self, variant: Objective) -> None:
+    def test_its_loss_is_a_sum_over_rows(
+        self, variant: Objective, example: Example, template: ChatTemplate
+    ) -> None:
         import torch
 
-        generator = torch.Generator().manual_seed(0)
-        logprobs = -torch.rand(12, generator=generator, dtype=torch.float64)
-        logprobs.requires_grad_()
-        rows = torch.tensor([0] * 5 + [1] * 7)
-        together = variant.loss(logprobs, rows, 2)
-        first = variant.loss(logprobs[:5], rows[:5], 1)
-        second = variant.loss(logprobs[5:], rows[5:] - 1, 1)
-        assert together.shape == (2,)
-        assert bool(together.isfinite().all())
-        torch.testing.assert_close(together, torch.cat([first, second]))
-        together.sum().backward()
+        rows = [row for at in range(2) for row in variant.rows(example, template)]
+        together, logprobs = _outputs(variant, rows)
+        losses = variant.loss(together)
+        assert losses.shape == (len(rows),)
+        assert bool(losses.isfinite().all())
+        apart = [_outputs(variant, rows, only=at)[0] for at in range(len(rows))]
+        torch.testing.assert_close(losses, torch.cat([variant.loss(one) for one in apart]))
+        losses.sum().backward()
         assert logprobs.grad is not None
         assert bool(logprobs.grad.isfinite().all() and logprobs.grad.any())
+
+    def test_its_figures_are_a_number_a_row(
+        self, variant: Objective, example: Example, template: ChatTemplate
+    ) -> None:
+        rows = variant.rows(example, template)
+        outputs, _ = _outputs(variant, rows)
+        for name, of_rows in variant.figures(outputs).items():
+            assert name.isidentifier()
+            assert of_rows.shape == (len(rows),)
 
 
 class CompressorContract(VariantContract):
@@ -352,6 +371,29 @@ class MetricContract(VariantContract):
     def test_no_rows_is_refused_in_words(self, variant: Metric) -> None:
         with pytest.raises(DataError, match=r"\w+ \w+"):
             variant.score([])
+
+
+def _outputs(
+    objective: Objective, rows: list[TokenRow], only: int | None = None
+) -> tuple[TokenOutputs, torch.Tensor]:
+    """Made-up outputs of some rows, or of one of them, and the log-probabilities in them."""
+    import torch
+
+    from graft.engine.scoring import outputs_of
+    from graft.objectives.base import REFERENCE
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        [-torch.rand(len(row.targets), generator=generator).double() for row in rows]
+        for _ in range(2)
+    ]
+    at = slice(None) if only is None else slice(only, only + 1)
+    logprobs, reference = ([scores.tolist() for scores in of_rows[at]] for of_rows in drawn)
+    extra = {REFERENCE: reference} if "reference" in objective.needs else {}
+    outputs = outputs_of(rows[at], logprobs, extra)
+    leaf = outputs.logprobs_P.requires_grad_()
+    statistics = objective.statistics(outputs) if objective.probe_rows(rows) else {}
+    return replace(outputs, statistics=dict.fromkeys(statistics, 0.1)), leaf
 
 
 def _ends(space: Space) -> list[Any]:

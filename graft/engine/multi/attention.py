@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,6 +22,38 @@ def attention_kernel(num_tokens: int, device: torch.device) -> AbstractContextMa
     if is_short and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
+
+
+def takes_any_mask(base: PreTrainedModel) -> bool:
+    """Tells whether each token may be told what it sees and at which position it stands.
+
+    It may where all layers have full attention by a kernel that takes such a mask. A sliding
+    window or chunk would be counted in columns, a recurrent state runs over all of them, and a
+    bias by distance (ALiBi) takes no positions.
+    """
+    config = base.config.get_text_config()
+    settings = inspect.signature(base.get_decoder().forward).parameters
+    return (
+        config._attn_implementation in ("sdpa", "eager")
+        and set(get_layer_types_and_kwargs(config)[0]) == {"full_attention"}
+        and {"position_ids", "attention_mask"} <= settings.keys()
+        and not getattr(config, "alibi", False)
+        and not getattr(base, "_is_stateful", False)
+    )
+
+
+def branch_mask(branches: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns what each token sees where rows branch, `[rows, 1, tokens, tokens]`, bool.
+
+    Args:
+        branches: Branch of each token, `[rows, tokens]`; all see branch 0, the prompt.
+        attention_mask: Which tokens are no padding, `[rows, tokens]`; None means all.
+    """
+    num_tokens = branches.shape[1]
+    key, query = branches[:, None, None, :], branches[:, None, :, None]
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=branches.device).tril()
+    visible = causal & ((key == 0) | (key == query))
+    return visible if attention_mask is None else visible & attention_mask.bool()[:, None, None]
 
 
 def as_mask(is_visible: torch.Tensor, base: PreTrainedModel) -> torch.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from graft.core.errors import AdapterError, ModelError
-from graft.engine.multi.attention import as_mask, attention_kernel
+from graft.engine.multi.attention import as_mask, attention_kernel, branch_mask, takes_any_mask
 from graft.engine.multi.holder import SlotHolder
 from graft.engine.multi.layer import ActiveRouting
 from graft.engine.multi.layers import LayerSlots
@@ -69,6 +70,11 @@ class MultiAdapterModel:
         """What the base computes in."""
         return self.whole.computes_in
 
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Branches of a row may stand behind one copy of their prompt; else rows are expanded."""
+        return takes_any_mask(self.base)
+
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear layer below the head: module path → (in_features, out_features)."""
@@ -101,7 +107,7 @@ class MultiAdapterModel:
         """
         if name in self.slots:
             raise AdapterError(f"a slot named {name!r} is already on the base; remove it first")
-        self._require_room(name, method)
+        self.require_room(name, method)
         holder = self._holder(method)
         if tensors is None:
             tensors = self.fresh_tensors(method, seed=seed, moments=moments)
@@ -126,7 +132,7 @@ class MultiAdapterModel:
             AdapterError: The method owns the base, and slots are on it.
         """
         if isinstance(method, WholeMethod):
-            self._require_room("a new slot", method)
+            self.require_room("a new slot", method)
         return self._holder(method).fresh(method, seed, moments)
 
     def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,7 +153,12 @@ class MultiAdapterModel:
             return self.whole
         raise AdapterError(f"method {method.type!r} has no place on a base")
 
-    def _require_room(self, name: str, method: Method) -> None:
+    def require_room(self, name: str, method: Method) -> None:
+        """Refuses company for a method that owns the base.
+
+        Raises:
+            AdapterError: The slot cannot stand beside those on the base.
+        """
         for slot in self.slots.values():
             for owner in (slot.method, method):
                 if isinstance(owner, WholeMethod):
@@ -205,6 +216,7 @@ class MultiAdapterModel:
         routing: Routing,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        branches: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """Runs the decoder.
@@ -214,8 +226,10 @@ class MultiAdapterModel:
             routing: The slot of each row.
             attention_mask: Which tokens are no padding, `[rows, tokens]`; or, with a cache, which
                 keys each token sees, `[rows, 1, tokens, keys]`, bool.
-            position_ids: `[rows, tokens]`, with a cache; without one rows count from 0, or from
-                their virtual tokens on.
+            position_ids: `[rows, tokens]`, with a cache or with branches; else rows count from 0.
+                Virtual tokens come before them: with a cache they are counted in already.
+            branches: Branch of each token, `[rows, tokens]`; those of one see the row's branch 0
+                and themselves. Only where `shares_prompts`.
             cache: Keys and values to read and extend; virtual tokens are in it already.
 
         Returns:
@@ -227,10 +241,12 @@ class MultiAdapterModel:
         if self._active.observed is not None and attention_mask is not None:
             # A mask of four axes is the generator's own, which asks for no figures.
             self._active.real = attention_mask if attention_mask.ndim == 2 else None
+        if branches is not None:
+            attention_mask = branch_mask(branches, attention_mask)
         if prefix is not None:
             num_new = input_ids.shape[1]
             cache = PrefixCache(prefix)
-            position_ids = prefix.positions(num_new)
+            position_ids = prefix.positions(num_new, position_ids)
             attention_mask = prefix.visible(num_new, attention_mask)
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = as_mask(attention_mask, self.base)

@@ -51,22 +51,31 @@ class Prefix:
         keys_SHPD, values_SHPD = self._layers[layer]
         return keys_SHPD[self._slot_N], values_SHPD[self._slot_N]
 
-    def positions(self, num_new: int) -> torch.Tensor:
-        """Positions of each row's own tokens, `[N, T]`: they stand behind its virtual tokens."""
-        own_T = torch.arange(num_new, device=self._lengths_N.device)
-        return self._lengths_N[:, None] + own_T
+    def positions(self, num_new: int, own_NT: torch.Tensor | None = None) -> torch.Tensor:
+        """Positions of each row's own tokens, `[N, T]`: they stand behind its virtual tokens.
+
+        Args:
+            num_new: Own tokens.
+            own_NT: Their positions without virtual tokens; None counts from 0.
+        """
+        if own_NT is None:
+            own_NT = torch.arange(num_new, device=self._lengths_N.device)[None]
+        return self._lengths_N[:, None] + own_NT
 
     def visible(self, num_new: int, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Which of `[virtual tokens, own tokens]` each own token sees, `[N, 1, T, P + T]`, bool.
 
         Args:
             num_new: Own tokens.
-            attention_mask: Which of them are no padding, `[N, T]`; None means all.
+            attention_mask: Which of them are no padding, `[N, T]`; None means all. Or which of
+                them each of them sees, `[N, 1, T, T]`.
         """
         rows, device = len(self.num_tokens), self._lengths_N.device
         own = torch.ones(num_new, num_new, dtype=torch.bool, device=device).tril()
         own = own.expand(rows, 1, num_new, num_new)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.ndim == 4:
+            own = attention_mask
+        elif attention_mask is not None:
             own = own & attention_mask.bool()[:, None, None]
         virtual_NP = torch.arange(self.longest, device=device) < self._lengths_N[:, None]
         virtual = virtual_NP[:, None, None].expand(rows, 1, num_new, self.longest)

@@ -61,6 +61,37 @@ def test_preference_rows_hold_prompt_chosen_and_rejected(tmp_path: Path) -> None
         assert (example.chosen, example.rejected) == ("ho", "no")
 
 
+def test_a_prompt_may_stand_beside_the_whole_conversations(tmp_path: Path) -> None:
+    row = {
+        "prompt": "hi",
+        "chosen": [SYSTEM, USER, ASSISTANT],
+        "rejected": [SYSTEM, USER, {"role": "assistant", "content": "no"}],
+    }
+    (example,) = load_examples(write_jsonl(tmp_path / "p.jsonl", row), "preference")
+    assert [turn.content for turn in example.prompt] == ["be brief", "hi"]
+    assert (example.chosen, example.rejected) == ("ho", "no")
+
+
+@pytest.mark.parametrize(("label", "is_wanted"), [(True, True), (0, False), ("False", False)])
+def test_unpaired_rows_hold_an_answer_and_whether_it_is_wanted(
+    label: object, is_wanted: bool, tmp_path: Path
+) -> None:
+    row = {"prompt": [SYSTEM, USER], "completion": [ASSISTANT], "label": label}
+    for asked in ("unpaired", "auto"):
+        (example,) = load_examples(write_jsonl(tmp_path / "u.jsonl", row), asked)
+        assert [turn.content for turn in example.prompt] == ["be brief", "hi"]
+        assert (example.answer, example.is_wanted) == ("ho", is_wanted)
+        assert not example.messages
+
+
+def test_a_label_that_is_no_yes_or_no_does_not_make_a_row_unpaired(tmp_path: Path) -> None:
+    row = {"prompt": "hi", "completion": "ho", "label": "greeting"}
+    source = write_jsonl(tmp_path / "l.jsonl", row)
+    assert load_examples(source, "auto")[0].messages
+    with pytest.raises(DataError, match=r"l.jsonl:1: label must say .* not 'greeting'"):
+        load_examples(source, "unpaired")
+
+
 def test_alpaca_history_and_input_become_turns(tmp_path: Path) -> None:
     row = {"instruction": "do", "input": "this", "output": "ok", "history": [["a", "b"]]}
     (example,) = load_examples(write_jsonl(tmp_path / "a.jsonl", row), "alpaca")
@@ -131,6 +162,17 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
     ("preference", {"prompt": "a", "chosen": "b"}, "needs 'rejected'"),
     ("preference", {"chosen": "b", "rejected": "c"}, "without 'prompt'"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' is null"),
+    ("preference", {"prompt": "a", "chosen": " ", "rejected": "c"}, "chosen: the content is empty"),
+    ("preference", {"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: the content is empty"),
+    ("preference", {"prompt": "a", "chosen": [USER], "rejected": "c"}, "an assistant turn"),
+    ("preference", {"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}, "differ"),
+    (
+        "preference",
+        {"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": [USER, SYSTEM]},
+        "prompt is not what chosen and rejected reply to",
+    ),
+    ("unpaired", {"prompt": "a", "completion": [ASSISTANT, ASSISTANT], "label": True}, "one"),
     ("text", {"text": ""}, "content is empty"),
     ("auto", {"question": "a"}, "no known format has the keys 'question'"),
 ]
