@@ -38,10 +38,19 @@ def text_row(text: str, template: ChatTemplate, source: str) -> TokenRow:
     Raises:
         DataError: Nothing could be predicted in it, or it exceeds the model's context.
     """
-    ids: list[int] = template.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+    ids = document_ids(text, template)
     if not 2 <= len(ids) <= template.context_tokens:
         raise DataError(
             f"{source}: the text has {len(ids)} tokens; 2 to {template.context_tokens} (the "
             "model's context) can be measured: split or lengthen it"
         )
     return TokenRow(ids, [False] + [True] * (len(ids) - 1), source)
+
+
+def document_ids(text: str, template: ChatTemplate) -> list[int]:
+    """Tokenizes one text as the model's tokenizer begins a document, of any length.
+
+    Text that spells a control token is read as text.
+    """
+    ids: list[int] = template.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pydantic import Field
 
 from graft.core.errors import DataError
 from graft.core.files import sha256_json
@@ -26,6 +29,14 @@ class RowMaker(Protocol):
         """Turns one example into token rows."""
         ...
 
+    def pack(self, rows: list[TokenRow], max_length: int) -> list[TokenRow]:
+        """Puts rows together into longer ones, or cuts them."""
+        ...
+
+    def require_rows(self, rows: list[TokenRow], source: str) -> None:
+        """Refuses training rows that teach nothing together."""
+        ...
+
 
 class Spread(StrictModel):
     """Smallest, middle and largest of a count over rows."""
@@ -41,7 +52,7 @@ class SplitProof(StrictModel):
     source: str
     num_examples: int
     num_rows: int
-    """Token rows; an example may give several, for preferences."""
+    """Token rows: several of one example, or one of several examples where they are packed."""
     num_tokens: int
     num_supervised_tokens: int
     tokens_per_row: Spread
@@ -62,6 +73,8 @@ class DataProof(StrictModel):
     eval: SplitProof | None
     num_shared_prompts: int
     """Held-out prompts that are also in training, with another answer."""
+    parts: dict[str, DataProof] = Field(default_factory=dict)
+    """Of each source of a mixture, by name; the counts above are of all together."""
 
 
 class PreparedData(NamedTuple):
@@ -76,6 +89,13 @@ class PreparedData(NamedTuple):
     objective."""
 
 
+class Examples(NamedTuple):
+    """What was read of one source."""
+
+    train: list[Example]
+    eval: list[Example]
+
+
 def prepare_data(
     section: DataSection,
     objective: RowMaker,
@@ -83,32 +103,48 @@ def prepare_data(
     *,
     progress: Progress = QUIET,
 ) -> PreparedData:
-    """Reads, checks and tokenizes training and held-out rows.
+    """Reads, checks and tokenizes training and held-out rows of one source.
 
     Raises:
         DataError: Empty data, a malformed row, no supervised token in a row, a row that is too
             long, or a held-out row that is also in training. The row is named.
     """
-    train = load_examples(
-        section.train, section.format, system=section.system, limit=section.limit, progress=progress
-    )
-    held_out: list[Example] = []
-    if section.eval is not None:
-        held_out = load_examples(
-            section.eval,
-            section.format,
-            system=section.system,
-            limit=section.eval_limit,
-            progress=progress,
-        )
-    num_shared = _count_shared(train, held_out)
-    train_rows, train_proof = _tokenize(train, section.train, section, objective, template)
+    examples = read_examples(section, progress=progress)
+    return prepare_examples(examples, section, objective, template)
+
+
+def read_examples(section: DataSection, *, progress: Progress = QUIET) -> Examples:
+    """Reads training and held-out rows.
+
+    Raises:
+        DataError: Empty data or a malformed row; the row is named.
+    """
+    load = partial(load_examples, format=section.format, system=section.system, progress=progress)
+    train = load(section.train, limit=section.limit)
+    held_out = [] if section.eval is None else load(section.eval, limit=section.eval_limit)
+    return Examples(train, held_out)
+
+
+def prepare_examples(
+    examples: Examples, section: DataSection, objective: RowMaker, template: ChatTemplate
+) -> PreparedData:
+    """Tokenizes and proves what was read; see `prepare_data`."""
+    train, held_out = examples
+    num_shared = count_shared(examples)
+    limit = min(section.max_length, template.context_tokens)
+    whole = [row for example in train for row in objective.rows(example, template)]
+    packed = objective.pack(whole, limit)
+    train_rows, train_proof = _prove(train, packed, section.train, section, template)
+    objective.require_rows(train_rows, section.train)
     eval_rows: list[TokenRow] = []
     eval_proof = None
     if section.eval is not None:
-        eval_rows, eval_proof = _tokenize(held_out, section.eval, section, objective, template)
+        # Held-out rows stay apart: each one's score is its own.
+        alone = [row for example in held_out for row in objective.rows(example, template)]
+        cut = [piece for row in alone for piece in objective.pack([row], limit)]
+        eval_rows, eval_proof = _prove(held_out, cut, section.eval, section, template)
     proof = DataProof(
-        digest=sha256_json([[_content(e) for e in part] for part in (train, held_out)]),
+        digest=sha256_json([[_content(e) for e in part] for part in examples]),
         template_digest=template.digest,
         max_length=section.max_length,
         train=train_proof,
@@ -122,21 +158,28 @@ def prepare_data(
     return PreparedData(train_rows, eval_rows, prompts, proof, preferences)
 
 
-def _tokenize(
+def _prove(
     examples: list[Example],
+    whole: list[TokenRow],
     source: str,
     section: DataSection,
-    objective: RowMaker,
     template: ChatTemplate,
 ) -> tuple[list[TokenRow], SplitProof]:
-    whole = [row for example in examples for row in objective.rows(example, template)]
     rows = [fit_row(row, section, template) for row in whole]
     for row in rows:
         require_right_mask(row)
+    num_truncated = sum(a is not b for a, b in zip(whole, rows, strict=True))
+    return rows, count_split(examples, rows, source, num_truncated=num_truncated)
+
+
+def count_split(
+    examples: list[Example], rows: list[TokenRow], source: str, *, num_truncated: int
+) -> SplitProof:
+    """Counts what one part of the data holds."""
     lengths = [len(row.input_ids) for row in rows]
     supervised = [sum(row.is_supervised) for row in rows]
     contents = [_content(example) for example in examples]
-    proof = SplitProof(
+    return SplitProof(
         source=source,
         num_examples=len(examples),
         num_rows=len(rows),
@@ -144,14 +187,18 @@ def _tokenize(
         num_supervised_tokens=sum(supervised),
         tokens_per_row=_spread(lengths),
         supervised_tokens_per_row=_spread(supervised),
-        num_truncated=sum(a is not b for a, b in zip(whole, rows, strict=True)),
+        num_truncated=num_truncated,
         num_duplicates=len(contents) - len(set(contents)),
     )
-    return rows, proof
 
 
-def _count_shared(train: list[Example], held_out: list[Example]) -> int:
-    """Refuses held-out examples that were trained on; counts prompts that both parts ask."""
+def count_shared(examples: Examples) -> int:
+    """Counts prompts that both training and held-out examples ask.
+
+    Raises:
+        DataError: A held-out example is trained on.
+    """
+    train, held_out = examples
     known = {_content(example): example.source for example in train}
     leaked = [(e.source, known[c]) for e in held_out if (c := _content(e)) in known]
     if leaked:

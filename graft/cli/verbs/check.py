@@ -29,7 +29,8 @@ def show(report: CheckReport, console: Console) -> None:
         f"data      {report.data.digest[:12]}  template {report.data.template_digest[:12]}"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("", "rows", "tokens", "learned", "tokens/row", "learned/row", "cut", "twice"):
+    headings = "examples rows tokens learned tokens/row learned/row cut twice"
+    for heading in ("", *headings.split()):
         table.add_column(heading, justify="left" if not heading else "right")
     _add_proof(table, report.data, "")
     if report.feedback is not None:
@@ -56,6 +57,7 @@ def _add_split(table: Table, name: str, split: SplitProof) -> None:
     spreads = (split.tokens_per_row, split.supervised_tokens_per_row)
     table.add_row(
         name,
+        f"{split.num_examples:,}",
         f"{split.num_rows:,}",
         f"{split.num_tokens:,}",
         f"{split.num_supervised_tokens:,}",

@@ -85,6 +85,22 @@ def test_a_training_that_has_learned_enough_ends_there_and_stays_so(
         train(load_recipe(recipe_file, [enough, "train.report_every=3"]), home=home)
 
 
+def test_plain_text_trains_to_an_adapter_and_its_rows_keep_their_length(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    for name, numbers in (("train", range(40)), ("eval", range(40, 50))):
+        lines = (json.dumps({"text": f"the lamp of room {n} is number {n * n}"}) for n in numbers)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = f"data={{train: {tmp_path}/train.jsonl, eval: {tmp_path}/eval.jsonl, max_length: 64}}"
+    objective, home = "objective=pretrain", tmp_path / "home"
+    result = train(load_recipe(recipe_file, [data, objective]), home=home)
+    losses = [report["train/loss"] for report in read_reports(Path(result.folder))]
+    assert losses[-1] < losses[0]
+    assert result.metrics["eval/loss"].rows == 10
+    with pytest.raises(ConfigError, match=r"data\.max_length = 64, this recipe has 32"):
+        train(load_recipe(recipe_file, [data, objective, "data.max_length=32"]), home=home)
+
+
 def test_an_experts_load_stands_in_every_report(recipe_file: Path, tmp_path: Path) -> None:
     from graft.engine.run import load_run, train_run
 
