@@ -14,7 +14,7 @@ demo: $(STAMP)          ## from nothing to a served adapter that renews itself (
 	$(BIN)/python examples/smart_home/demo.py
 
 test: $(STAMP)          ## unit, contract, docs, Ray and end-to-end tests on the tiny model
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --no-loadscope-reorder
 
 test-all: $(STAMP)      ## the slow ones and the ones for a GPU too
 	$(BIN)/python -m pytest
@@ -34,7 +34,7 @@ bench: $(STAMP)         ## every benchmark, results in benchmarks/out
 clean:                  ## remove the environment and caches, never a home
 	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 
-BENCHMARKS = $(basename $(notdir $(filter-out %/__init__.py,$(wildcard benchmarks/*.py))))
+BENCHMARKS = $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

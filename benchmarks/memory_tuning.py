@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from graft.artifacts.record import tool_versions
+from benchmarks._result import write_result
 from graft.compressors.base import Adapter
 from graft.compressors.folder import TENSORS, save_adapter
 from graft.core.files import write_json
@@ -267,19 +265,10 @@ def main() -> None:
         )
         for lr in LORA_LRS
     ]
-    show([base, memory, *loras])
-    write_json(
-        options.json,
-        {
-            "figures": figures_of(base, memory, loras),
-            "rounds": [base, memory, *loras],
-            "machine": {
-                "cpu": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-            },
-            "versions": tool_versions(),
-        },
+    rows = [base, memory, *loras]
+    show(rows)
+    write_result(
+        options.json, figures_of(base, memory, loras), rows, torch.get_num_threads(), vars(options)
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,8 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from graft.artifacts.record import tool_versions
-from graft.core.files import write_json
+from benchmarks._result import write_result
 from graft.recipe.sections import Recipe
 
 DATA = Path(__file__).parents[1] / "examples" / "smart_home" / "data"
@@ -285,20 +283,7 @@ def main() -> None:
         rounds.append(race(name, options, options.home))
         of_name = {k: round(v, 3) for k, v in figures_of(rounds[-1:]).items()}
         print(of_name, flush=True)
-        write_json(
-            options.json,
-            {
-                "figures": figures_of(rounds),
-                "rounds": rounds,
-                "machine": {
-                    "cpu": platform.processor() or platform.machine(),
-                    "cores": os.cpu_count(),
-                    "threads": options.threads,
-                },
-                "versions": tool_versions(),
-                "settings": {key: str(value) for key, value in vars(options).items()},
-            },
-        )
+        write_result(options.json, figures_of(rounds), rounds, options.threads, vars(options))
 
 
 if __name__ == "__main__":

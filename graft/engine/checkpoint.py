@@ -11,6 +11,7 @@ from typing import Any
 from graft.core.errors import TrainingError
 from graft.core.files import folder_atomic, sha256_file, write_json
 from graft.engine.train import SlotState
+from graft.methods.base import by_site
 
 _FORMAT = 1
 _KEEP = 2
@@ -81,10 +82,7 @@ def load_checkpoint(folder: Path) -> tuple[SlotState, dict[str, Any]]:
     if problem is not None:
         raise TrainingError(f"checkpoint {folder}: {problem}; remove it to use an older one")
     manifest = json.loads((folder / "manifest.json").read_text())
-    tensors: dict[str, dict[str, Any]] = {}
-    for key, value in load_file(folder / "adapter.safetensors").items():
-        site, _, name = key.rpartition(".")
-        tensors.setdefault(site, {})[name] = value
+    tensors = by_site(load_file(folder / "adapter.safetensors"))
     optimizer: dict[str, dict[str, Any]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         parameter, _, name = key.partition("|")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from graft.core.errors import AdapterError
 from graft.methods._lora_family import LoraFamily
 from graft.methods._state import joined_state, split_state
-from graft.methods.targets import ALL_LINEAR
+from graft.methods.targets import explicit_targets
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def lora_files(
         r=method.r,
         lora_alpha=method.lora_alpha,
         lora_dropout=method.lora_dropout,
-        target_modules=_peft_targets(method.target_modules, list(tensors)),
+        target_modules=explicit_targets(method.target_modules, tensors),
         use_rslora=method.use_rslora,
         use_dora=use_dora,
         bias="none",
@@ -94,10 +94,3 @@ def read_lora_files(
                 f"{shapes[0]} and {shapes[1]}"
             )
     return method, tensors
-
-
-def _peft_targets(targets: str | tuple[str, ...], sites: list[str]) -> list[str]:
-    """Explicit names: PEFT's own `all-linear` depends on the class of the model that loads it."""
-    if targets == ALL_LINEAR:
-        return sorted({site.rsplit(".", 1)[-1] for site in sites})
-    return sorted(targets)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graft.core.errors import AdapterError, ConfigError
 from graft.core.spaces import Float, Space
-from graft.methods.base import Method
+from graft.methods.base import Method, by_site
 from graft.methods.whole import Attachment, WholeMethod
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ class OwnWeightsMethod(WholeMethod):
         method = cls.model_validate(
             {key: config[key] for key in cls.model_fields if key != "type" and key in config}
         )
-        tensors: AdapterTensors = {}
-        for name, tensor in state.items():
-            site, _, key = name.rpartition(".")
-            if not site:
-                raise AdapterError(f"model.safetensors: {name!r} is no weight of a module")
-            tensors.setdefault(site, {})[key] = tensor
-        if not tensors:
+        if odd := [name for name in state if "." not in name]:
+            raise AdapterError(f"model.safetensors: {odd[0]!r} is no weight of a module")
+        if not state:
             raise AdapterError("model.safetensors holds no weight")
-        return method, tensors
+        return method, by_site(state)

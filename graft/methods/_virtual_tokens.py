@@ -36,6 +36,16 @@ _STATE = "prompt_embeddings"
 Shapes = dict[str, tuple[int, ...]]
 
 
+def require_text_where_asked(init_tokens: str, init_text: str | None) -> None:
+    """Refuses `init_tokens: text` without a text, and a text that nothing reads.
+
+    Raises:
+        ValueError: For the recipe's message.
+    """
+    if (init_tokens == "text") != (init_text is not None):
+        raise ValueError("init_tokens: text and init_text belong together; give both or neither")
+
+
 def first_tokens(
     base: FrozenBase, generator: torch.Generator, count: int, text: str | None
 ) -> list[int]:

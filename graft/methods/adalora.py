@@ -67,6 +67,7 @@ class AdaloraMethod(LayerMethod):
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})
     # Importance asks for whole gradients after the step, which sharding stages do not keep.
     zero_stages: ClassVar[frozenset[int]] = frozenset({0})
+    regularizes: ClassVar[bool] = True
     acts_after_step: ClassVar[bool] = True
     peft_only_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "total_step", "r"})
 

@@ -10,7 +10,8 @@ A method class is a schema too, so this module imports no torch at run time.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from graft.core.model import Variant
 from graft.core.registry import Registry
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     import torch
 
     AdapterTensors = dict[str, dict[str, torch.Tensor]]
+
+T = TypeVar("T")
+
+
+def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Regroups `site.tensor` → value as site → tensor → value."""
+    found: dict[str, dict[str, T]] = {}
+    for key, value in named.items():
+        site, _, tensor = key.rpartition(".")
+        found.setdefault(site, {})[tensor] = value
+    return found
 
 
 class Site(NamedTuple):

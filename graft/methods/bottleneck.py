@@ -8,13 +8,14 @@ Shapes: N rows, T tokens, I in_features, O out_features, M bottleneck size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from graft.core.errors import ConfigError
 from graft.core.model import Listed
 from graft.core.spaces import Choice, Float, Space
+from graft.methods._own_files import OwnFilesMethod
 from graft.methods._roles import (
     ATTENTION_OUTPUTS,
     FEEDFORWARD_OUTPUTS,
@@ -22,20 +23,19 @@ from graft.methods._roles import (
     module_paths,
 )
 from graft.methods.base import METHODS, Method, Site
-from graft.methods.layerwise import FrozenLayer, LayerMethod
+from graft.methods.layerwise import FrozenLayer
 from graft.methods.targets import select_sites
 
 if TYPE_CHECKING:
     import torch
 
-    from graft.methods.base import AdapterTensors
     from graft.methods.routing import GroupRouting
 
 _TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
 @METHODS.register
-class BottleneckMethod(LayerMethod):
+class BottleneckMethod(OwnFilesMethod):
     """Adapters behind sublayers, before the residual sum.
 
     Reference:
@@ -62,7 +62,7 @@ class BottleneckMethod(LayerMethod):
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
-    is_read_by_peft: ClassVar[bool] = False
+    tensor_names: ClassVar[tuple[str, ...]] = _TENSORS
 
     @model_validator(mode="after")
     def attention_has_an_adapter(self) -> BottleneckMethod:
@@ -173,24 +173,3 @@ class BottleneckMethod(LayerMethod):
             hidden_NTM = act(functional.linear(out_NTO, down_MO, down_M))
             parts.append(functional.linear(hidden_NTM, up_OM, up_O))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def to_peft(
-        self, tensors: AdapterTensors, base: str
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """A form of our own: the settings beside `peft_type: BOTTLENECK`."""
-        from graft.methods._own_files import own_files
-
-        return own_files(self, tensors, base)
-
-    @classmethod
-    def from_peft(
-        cls, config: dict[str, Any], state: dict[str, torch.Tensor]
-    ) -> tuple[Method, AdapterTensors]:
-        """Reads it back.
-
-        Raises:
-            AdapterError: A tensor is unknown or missing.
-        """
-        from graft.methods._own_files import read_own_files
-
-        return read_own_files(cls, config, state, _TENSORS)

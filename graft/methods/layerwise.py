@@ -52,6 +52,8 @@ class LayerMethod(Method):
 
     scales_input: ClassVar[bool] = False
     """`scale_input` does something: the layer's input is changed before the frozen product."""
+    regularizes: ClassVar[bool] = False
+    """`regularization` adds to the loss."""
     acts_after_step: ClassVar[bool] = False
     """`after_step` does something."""
 
@@ -161,7 +163,10 @@ class LayerMethod(Method):
         return None
 
     def regularization(self, tensors: AdapterTensors) -> torch.Tensor | None:
-        """Returns a scalar to add to a step's loss, once a step, or None."""
+        """Returns a scalar to add to a step's loss, once a step, or None.
+
+        Called only where the method `regularizes`.
+        """
         return None
 
     def after_step(

@@ -15,29 +15,28 @@ picked.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from graft.core.model import Listed
 from graft.core.spaces import Choice, Float, Space
-from graft.methods._own_files import own_files, read_own_files
+from graft.methods._own_files import OwnFilesMethod
 from graft.methods._roles import module_paths
 from graft.methods.base import METHODS, Method, Site
-from graft.methods.layerwise import FrozenLayer, LayerMethod
+from graft.methods.layerwise import FrozenLayer
 from graft.methods.targets import select_sites
 
 if TYPE_CHECKING:
     import torch
 
-    from graft.methods.base import AdapterTensors
     from graft.methods.routing import GroupRouting
 
 _TENSORS = ("memory_A", "memory_B", "memory_keys")
 
 
 @METHODS.register
-class MemoryMethod(LayerMethod):
+class MemoryMethod(OwnFilesMethod):
     """A bank of small experts at a few layers, behind a frozen random index.
 
     Reference:
@@ -61,7 +60,7 @@ class MemoryMethod(LayerMethod):
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     frozen: ClassVar[frozenset[str]] = frozenset({"memory_keys"})
-    is_read_by_peft: ClassVar[bool] = False
+    tensor_names: ClassVar[tuple[str, ...]] = _TENSORS
 
     @model_validator(mode="after")
     def top_k_is_within_the_bank(self) -> MemoryMethod:
@@ -155,23 +154,6 @@ class MemoryMethod(LayerMethod):
             opened = low * weight_NTM.to(low.dtype).repeat_interleave(method.r, dim=-1)
             parts.append(opened @ stacked[f"b.{at}"].T)
         return torch.cat(parts)
-
-    def to_peft(
-        self, tensors: AdapterTensors, base: str
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Files of our own `peft_type`; PEFT has no such method."""
-        return own_files(self, tensors, base)
-
-    @classmethod
-    def from_peft(
-        cls, config: dict[str, Any], state: dict[str, torch.Tensor]
-    ) -> tuple[Method, AdapterTensors]:
-        """Reads them back.
-
-        Raises:
-            AdapterError: A tensor is unknown or missing.
-        """
-        return read_own_files(cls, config, state, _TENSORS)
 
 
 _AUTO_DEPTHS = (0.6, 0.67, 0.73, 0.8)

@@ -12,29 +12,27 @@ M positions of one slot (rows times tokens).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from graft.core.errors import ConfigError
 from graft.core.model import Listed
 from graft.core.spaces import Choice, Float, Space
-from graft.methods._own_files import own_files, read_own_files
+from graft.methods._own_files import OwnFilesMethod
 from graft.methods.base import METHODS, Method, Site
-from graft.methods.layerwise import FrozenLayer, LayerMethod
-from graft.methods.targets import select_sites
+from graft.methods.layerwise import FrozenLayer
+from graft.methods.targets import require_rank_fits, select_sites
 
 if TYPE_CHECKING:
     import torch
 
-    from graft.methods.base import AdapterTensors
     from graft.methods.routing import GroupRouting
 
 _TENSORS = ("experts_A", "experts_B", "gate_weight", "gate_bias")
 
 
 @METHODS.register
-class MixtureMethod(LayerMethod):
+class MixtureMethod(OwnFilesMethod):
     """Several LoRA experts a layer, weighed by a learned gate.
 
     Reference:
@@ -58,7 +56,7 @@ class MixtureMethod(LayerMethod):
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
-    is_read_by_peft: ClassVar[bool] = False
+    tensor_names: ClassVar[tuple[str, ...]] = _TENSORS
 
     @model_validator(mode="after")
     def top_k_is_within_the_experts(self) -> MixtureMethod:
@@ -86,13 +84,7 @@ class MixtureMethod(LayerMethod):
             ConfigError: A target matches nothing, or `r` exceeds a layer's smaller side.
         """
         sites = select_sites(linears, self.target_modules)
-        for site in sites:
-            most = min(site.in_features, site.out_features)
-            if self.r > most:
-                raise ConfigError(
-                    f"method.r: {self.r} is above the size of {site.name} "
-                    f"({site.out_features} x {site.in_features}); use at most {most}"
-                )
+        require_rank_fits(sites, self.r, field="r")
         return sites
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
@@ -180,23 +172,6 @@ class MixtureMethod(LayerMethod):
         if routing.observed is not None:
             _tell_load(weight.reshape(rows, tokens, -1), routing)
         return out.reshape(rows, tokens, -1)
-
-    def to_peft(
-        self, tensors: AdapterTensors, base: str
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Files of our own `peft_type`; PEFT has no such method."""
-        return own_files(self, tensors, base)
-
-    @classmethod
-    def from_peft(
-        cls, config: dict[str, Any], state: dict[str, torch.Tensor]
-    ) -> tuple[Method, AdapterTensors]:
-        """Reads them back.
-
-        Raises:
-            AdapterError: A tensor is unknown or missing.
-        """
-        return read_own_files(cls, config, state, _TENSORS)
 
 
 def _mixed(

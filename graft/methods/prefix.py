@@ -23,6 +23,7 @@ from graft.methods._virtual_tokens import (
     prefix_files,
     project,
     projection_shapes,
+    require_text_where_asked,
 )
 from graft.methods.base import METHODS, Method
 from graft.methods.virtual import VirtualMethod
@@ -59,10 +60,7 @@ class PrefixMethod(VirtualMethod):
     @model_validator(mode="after")
     def start_is_possible(self) -> PrefixMethod:
         """Refuses a start that its other settings rule out."""
-        if (self.init_tokens == "text") != (self.init_text is not None):
-            raise ValueError(
-                "init_tokens: text and init_text belong together; give both or neither"
-            )
+        require_text_where_asked(self.init_tokens, self.init_text)
         if self.prefix_projection and self.init_tokens in ("sample_vocab", "text"):
             raise ValueError(
                 f"prefix_projection makes the prefix itself, so it cannot start as init_tokens "

@@ -17,6 +17,7 @@ from graft.methods._virtual_tokens import (
     first_tokens,
     from_state,
     plain_config,
+    require_text_where_asked,
     to_state,
 )
 from graft.methods.base import METHODS, Method
@@ -54,10 +55,7 @@ class PromptMethod(VirtualMethod):
     @model_validator(mode="after")
     def text_is_given_where_asked(self) -> PromptMethod:
         """Refuses `init_tokens: text` without a text, and a text that nothing reads."""
-        if (self.init_tokens == "text") != (self.init_text is not None):
-            raise ValueError(
-                "init_tokens: text and init_text belong together; give both or neither"
-            )
+        require_text_where_asked(self.init_tokens, self.init_text)
         return self
 
     @classmethod

@@ -20,7 +20,7 @@ from graft.engine.multi.prefix import PrefixCache
 from graft.engine.multi.prompts import PromptSlots
 from graft.engine.multi.routing import Routing
 from graft.engine.multi.whole import WholeSlots
-from graft.methods.base import Method
+from graft.methods.base import Method, by_site
 from graft.methods.layerwise import LayerMethod
 from graft.methods.routing import Observed
 from graft.methods.virtual import VirtualMethod
@@ -189,11 +189,8 @@ class MultiAdapterModel:
 
     def tensors(self, name: str) -> AdapterTensors:
         """A copy of one slot's weights, on the CPU."""
-        found: AdapterTensors = {}
-        for key, parameter in self.parameters(name).items():
-            site, _, tensor = key.rpartition(".")
-            found.setdefault(site, {})[tensor] = parameter.detach().cpu().clone()
-        return found
+        copied = {k: p.detach().cpu().clone() for k, p in self.parameters(name).items()}
+        return by_site(copied)
 
     def weights_changed(self) -> None:
         """To be called after parameters were written in place; what came of them is dropped."""

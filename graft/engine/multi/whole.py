@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graft.core.errors import AdapterError
+from graft.methods.base import by_site
 from graft.methods.whole import Attachment, WholeMethod
 
 _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
@@ -64,12 +65,9 @@ class WholeSlots:
     ) -> dict[str, dict[str, torch.Tensor]]:
         """Copies what the method would start from; the base stays as it is."""
         attachment = self._attach(method, seed)
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for key, parameter in attachment.parameters.items():
-            site, _, name = key.rpartition(".")
-            found.setdefault(site, {})[name] = parameter.detach().clone()
+        copied = {key: p.detach().clone() for key, p in attachment.parameters.items()}
         attachment.undo()
-        return found
+        return by_site(copied)
 
     def require_fit(
         self, name: str, method: WholeMethod, tensors: Mapping[str, Mapping[str, torch.Tensor]]

@@ -60,5 +60,5 @@ def test_damage_is_listed_and_exit_two_for_verify(home: Path) -> None:
     path.write_text(path.read_text() + " ")
     code, output = run(home, "verify")
     assert (code, "adapter_config.json" in output) == (2, True)
-    code, output = run(home, "ls")
+    code, output = run(home, "ls", "--json")
     assert (code, "has changed" in output) == (0, True)
