@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
-from graft.engine.batches import RoutedRow, micro_batches
+from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.logprobs import supervised_logprobs
 from graft.methods.routing import Observed
@@ -40,7 +40,7 @@ class EvalReport(StrictModel):
     slot: str | None
     """None is the bare base."""
     metrics: dict[str, MetricValue]
-    """By name, `eval/loss`."""
+    """By name, `eval/loss`; of a mixture's sources too, `eval/wiki/loss`."""
     scores: dict[str, Listed[float]]
     """Each row's own contribution, in the order of the held-out rows: pairs two reports."""
     answers: Listed[str] = ()
@@ -91,13 +91,21 @@ def evaluate(
     outcomes: dict[str, list[RowOutcome]] = {}
     observed: dict[str, float] = {}
     if "loss" in kinds:
-        held_out = _require(prepared.eval[:rows], "rows")
+        held_out = _require(wanted_rows(prepared.eval)[:rows], "rows")
         with model.observed() as seen:
             losses = row_losses(model, slot, held_out, progress=progress)
         observed = _figures(seen)
         outcomes["loss"] = [
-            RowOutcome(reference="", answer=None, loss_sum=total, num_tokens=count)
-            for total, count in losses
+            RowOutcome(reference="", answer=None, loss_sum=total, num_tokens=count, part=row.part)
+            for row, (total, count) in zip(held_out, losses, strict=True)
+        ]
+    if "preference" in kinds:
+        pairs = _require(prepared.preferences[:rows], "pairs (`chosen` and `rejected`)")
+        outcomes["preference"] = [
+            RowOutcome("", None, None, None, preference_margin=margin, part=pair.part)
+            for pair, margin in zip(
+                pairs, pair_margins(model, slot, pairs, progress=progress), strict=True
+            )
         ]
     if "generation" in kinds:
         prompts = _require(prepared.prompts[:rows], "prompts")
@@ -111,14 +119,14 @@ def evaluate(
             progress=progress,
         )
         outcomes["generation"] = [
-            RowOutcome(reference=prompt.reference, answer=answer, loss_sum=None, num_tokens=None)
+            RowOutcome(prompt.reference, answer, loss_sum=None, num_tokens=None, part=prompt.part)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
     values, scores = {}, {}
     for metric in metrics:
-        name = f"eval/{metric.type}"
-        of_rows = outcomes[metric.needs]
-        values[name], scores[name] = _measure(metric, name, slot, of_rows, confidence)
+        for part, of_rows in _by_part(outcomes[metric.needs]).items():
+            name = f"eval/{part}{metric.type}"
+            values[name], scores[name] = _measure(metric, name, slot, of_rows, confidence)
     answers = [row.answer or "" for row in outcomes.get("generation", [])]
     return EvalReport(
         slot=slot,
@@ -128,6 +136,15 @@ def evaluate(
         confidence=confidence,
         observed=observed,
     )
+
+
+def wanted_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Returns what a model should say: of pairs the chosen answer, no unwanted answers at all."""
+    return [
+        row.take(row.branch_columns(1))._replace(branch=None) if row.num_prompt_tokens else row
+        for row in rows
+        if row.label != 0
+    ]
 
 
 @torch.inference_mode()
@@ -142,13 +159,9 @@ def row_losses(
 
     Rows of like length are read together, and the output head sees supervised positions only.
     """
-    routed = [RoutedRow(slot, row, index) for index, row in enumerate(rows)]
     totals = [(0.0, 0)] * len(rows)
     with progress.task("held-out loss", len(rows), "row") as task:
-        for batch in micro_batches(
-            routed, LOSS_TOKENS, model.device, shares_prompts=model.shares_prompts
-        ):
-            logprobs = supervised_logprobs(model, batch)
+        for batch, logprobs in _logprobs(model, slot, rows):
             num_rows = len(batch.rows)
             sums = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
             sums.index_add_(0, batch.supervised_rows, -logprobs.double())
@@ -159,6 +172,40 @@ def row_losses(
                 totals[member.position] = (total, count)
             task.advance(num_rows)
     return totals
+
+
+@torch.inference_mode()
+def pair_margins(
+    model: MultiAdapterModel,
+    slot: str | None,
+    pairs: Sequence[TokenRow],
+    *,
+    progress: Progress = QUIET,
+) -> list[float]:
+    """Returns by how much each chosen answer's mean log-probability exceeds the rejected one's."""
+    margins = [0.0] * len(pairs)
+    with progress.task("held-out pairs", len(pairs), "pair") as task:
+        for batch, logprobs in _logprobs(model, slot, pairs):
+            at = 2 * batch.supervised_rows + batch.supervised_branches - 1
+            size = 2 * len(batch.rows)
+            sums = torch.zeros(size, dtype=torch.float64, device=model.device)
+            means = sums.index_add_(0, at, logprobs.double()) / torch.bincount(at, minlength=size)
+            chosen, rejected = means.reshape(-1, 2).unbind(1)
+            for member, margin in zip(batch.rows, (chosen - rejected).tolist(), strict=True):
+                margins[member.position] = margin
+            task.advance(len(batch.rows))
+    return margins
+
+
+def _logprobs(
+    model: MultiAdapterModel, slot: str | None, rows: Sequence[TokenRow]
+) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+    """Reads rows of like length together; a batch, and its targets' log-probabilities."""
+    routed = [RoutedRow(slot, row, index) for index, row in enumerate(rows)]
+    for batch in micro_batches(
+        routed, LOSS_TOKENS, model.device, shares_prompts=model.shares_prompts
+    ):
+        yield batch, supervised_logprobs(model, batch)
 
 
 def greedy_answers(
@@ -195,6 +242,15 @@ def greedy_answers(
             f"{len(broken) - 1} more of {len(prompts)} prompts; its weights are broken"
         )
     return [result.text for result in results]
+
+
+def _by_part(rows: list[RowOutcome]) -> dict[str, list[RowOutcome]]:
+    """All rows under no name, and those of each source of a mixture under `name/`."""
+    found = {"": rows}
+    for row in rows:
+        if row.part:
+            found.setdefault(f"{row.part}/", []).append(row)
+    return found
 
 
 def _figures(seen: Observed) -> dict[str, float]:

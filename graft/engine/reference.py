@@ -144,8 +144,8 @@ class References:
         if needed > free:
             raise ConfigError(
                 f"the objective compares with the model as it was, and method {method.type} trains "
-                f"the base itself: the frozen copy needs {needed / 1e9:.2f} GB and "
-                f"{free / 1e9:.2f} GB are free; use a method that leaves the base alone (lora), "
+                f"the base itself: the frozen copy needs {needed / 1e6:.1f} MB and "
+                f"{free / 1e6:.1f} MB are free; use a method that leaves the base alone (lora), "
                 "an objective without a reference (orpo), or a smaller base"
             )
         self._model.layers.unwrap()

@@ -17,6 +17,7 @@ from graft.core.progress import QUIET, Progress
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.recompute import recompute_layers
 from graft.engine.run_folder import (
+    FIGURES,
     RECIPE_FILE,
     Report,
     drop_reports_after,
@@ -117,7 +118,7 @@ def train_run(
     is_writer = trainer.backend.world_rank == 0
     facts = run_facts(run)
     past = read_progress(folder, facts)
-    tensors = None if past else initial_tensors(run.recipe, run.ready, home)
+    tensors = starting_tensors(run, home, is_resumed=past is not None)
     if is_writer:
         require_writable(folder, "checkpoints and reports")
         write_json(folder / RECIPE_FILE, run.recipe.model_dump(mode="json"))
@@ -168,6 +169,8 @@ def report_on(window: list[StepReport], seconds: float) -> Report:
     """
     last = window[-1]
     elapsed = sum(step.seconds for step in window)
+    names = dict.fromkeys(name for step in window for name in step.figures)
+    told = {name: [s.figures[name] for s in window if name in s.figures] for name in names}
     return {
         "steps": last.step,
         "seconds": seconds,
@@ -175,6 +178,7 @@ def report_on(window: list[StepReport], seconds: float) -> Report:
         "train/lr": last.lr,
         "train/grad_norm": last.grad_norm,
         "train/tokens_per_s": sum(step.num_tokens for step in window) / max(elapsed, 1e-9),
+        **{FIGURES + name: sum(values) / len(values) for name, values in told.items()},
     }
 
 
@@ -189,6 +193,13 @@ def require_finite(step: StepReport, recipe: Recipe) -> None:
             f"step {step.step}: loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}: not "
             f"finite; a smaller train.lr (now {recipe.train.lr:g}) or a longer warm-up may help"
         )
+
+
+def starting_tensors(run: LoadedRun, home: Path, *, is_resumed: bool) -> AdapterTensors | None:
+    """Reads what a slot is to join with: its first weights, if not resumed, and its reference."""
+    if is_resumed and "reference" not in run.recipe.objective.needs:
+        return None
+    return initial_tensors(run.recipe, run.ready, home)
 
 
 def initial_tensors(recipe: Recipe, ready: ReadyModel, home: Path) -> AdapterTensors | None:
@@ -294,5 +305,5 @@ def report_metrics(recipe: Recipe) -> list[Metric]:
         o.metric.removeprefix("eval/") for o in recipe.search.objectives if "eval/" in o.metric
     ]
     listed = {metric.type: metric for metric in recipe.eval.metrics}
-    cheap = [name for name, metric in listed.items() if metric.needs == "loss"]
+    cheap = [name for name, metric in listed.items() if metric.needs != "generation"]
     return [listed.get(name) or METRICS.build(name) for name in dict.fromkeys([*searched, *cheap])]

@@ -7,6 +7,7 @@ never without its report; reports past the newest checkpoint are dropped on resu
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.json"
 REPORTS_FILE = "report.jsonl"
 CHECKPOINTS = "checkpoint"
+FIGURES = "objective/"
+"""What the objective told of itself stands in a report under names that begin so."""
 
 Report = dict[str, float]
 """`steps`, `seconds`, `train/loss`, `train/tokens_per_s`, ..., and every measured `eval/...`."""
@@ -82,3 +85,9 @@ def read_reports(folder: Path) -> list[Report]:
         {key: value for key, value in event.items() if key not in ("event", "time_s")}
         for event in read_events(folder / REPORTS_FILE)
     ]
+
+
+def objective_figures(report: Mapping[str, float]) -> dict[str, float]:
+    """Picks out what the objective told of itself, under its own names: for progress lines."""
+    found = report.items()
+    return {k.removeprefix(FIGURES): v for k, v in found if k.startswith(FIGURES)}

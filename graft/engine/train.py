@@ -293,7 +293,11 @@ class Trainer:
 
     def _statistics(self, name: str, job: _Job, rows: list[TokenRow]) -> dict[str, float]:
         """What the objective makes of the whole step before its gradient pass."""
-        probes = job.objective.probe_rows(rows)
+        context = getattr(self.model.base.config, "max_position_embeddings", None)
+        probes = [
+            row if context is None else row.take(list(range(len(row.input_ids)))[:context])
+            for row in job.objective.probe_rows(rows)
+        ]
         if not probes:
             return {}
         max_tokens = job.settings.micro_batch_tokens

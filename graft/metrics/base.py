@@ -20,6 +20,10 @@ class RowOutcome(NamedTuple):
     """Summed negative log-likelihood of the supervised tokens, nats."""
     num_tokens: int | None
     """Supervised tokens."""
+    preference_margin: float | None = None
+    """Mean log-probability a token of the chosen answer, less that of the rejected one."""
+    part: str = ""
+    """Source of a mixture that it is from; empty where there is one source alone."""
 
 
 class Metric(Variant):
@@ -28,7 +32,7 @@ class Metric(Variant):
     One that needs generated answers is also a reward that sampling objectives train on.
     """
 
-    needs: ClassVar[Literal["loss", "generation"]]
+    needs: ClassVar[Literal["loss", "generation", "preference"]]
     mode: ClassVar[Literal["min", "max"]]
 
     @abstractmethod

@@ -160,11 +160,12 @@ def _step(trainer: Trainer, recipe: Recipe) -> StepReport | None:
 
 def _held_out_loss(run: LoadedRun) -> float:
     """Loss a supervised token on the first held-out rows, without an interval: it is a curve."""
-    from graft.engine.evaluate import row_losses
+    from graft.engine.evaluate import row_losses, wanted_rows
     from graft.engine.run import SLOT
 
     run.model.weights_changed()
-    losses = row_losses(run.model, SLOT, run.prepared.eval[: run.recipe.search.eval_rows])
+    held_out = wanted_rows(run.prepared.eval)[: run.recipe.search.eval_rows]
+    losses = row_losses(run.model, SLOT, held_out)
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 

@@ -192,7 +192,7 @@ def _train_here(run: LoadedRun, folder: Path, *, home: Path, progress: Progress)
         def on_step(step: StepReport) -> None:
             nonlocal done
             speed = step.num_tokens / max(step.seconds, 1e-9)
-            task.advance(step.step - done, loss=step.loss, **{"tokens/s": speed})
+            task.advance(step.step - done, loss=step.loss, **step.figures, **{"tokens/s": speed})
             done = step.step
 
         train_run(run, folder, home=home, on_step=on_step)
@@ -231,12 +231,13 @@ def _train_on_workers(
 
 def _advance(task: Task, folder: Path, done: int) -> int:
     """Moves the bar to the newest report; returns its step."""
-    from graft.engine.run_folder import read_reports
+    from graft.engine.run_folder import objective_figures, read_reports
 
     reports = read_reports(folder)
     if not reports or reports[-1]["steps"] == done:
         return done
     last = reports[-1]
-    fields = {"loss": last["train/loss"], "tokens/s": last["train/tokens_per_s"]}
+    speed = last["train/tokens_per_s"]
+    fields = {"loss": last["train/loss"], **objective_figures(last), "tokens/s": speed}
     task.advance(last["steps"] - done, **fields)
     return int(last["steps"])

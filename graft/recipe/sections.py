@@ -143,7 +143,7 @@ class SearchSection(StrictModel):
     pack_slots: int = Field(8, ge=1)
     """Trials that train together on one base."""
     space: Literal["recipe", "auto"] = "recipe"
-    """`auto` adds each method's own vetted ranges to the recipe's holes."""
+    """`auto` adds the vetted ranges of each method and objective to the recipe's holes."""
     points: Listed[dict[str, Any]] = ()
     """Settings to try first, as `{path: value}`."""
     eval_rows: int = Field(64, ge=1)
@@ -354,6 +354,17 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is below scale.workers "
                 f"{self.scale.workers}; each worker needs a row a step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def objective_has_enough_rows(self) -> Recipe:
+        """Refuses a step of fewer rows than the objective learns from together."""
+        smallest = self.objective.smallest_batch
+        if self.train.batch_size < smallest:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is too small for objective "
+                f"{self.objective.type}, which takes at least {smallest} rows a step"
             )
         return self
 

@@ -1,12 +1,16 @@
-"""`search: {space: auto}`: the settings that each method's author would search."""
+"""`search: {space: auto}`: what the authors of each method and objective would search."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from graft.core.registry import Registry
 from graft.methods.base import METHODS
+from graft.objectives.base import OBJECTIVES
 from graft.recipe.holes import Elsewhere, Hole, make_hole
 from graft.recipe.sections import Recipe
+
+_FAMILIES: dict[str, Registry[Any]] = {"method": METHODS, "objective": OBJECTIVES}
 
 
 def wants_vetted_space(root: dict[str, Any]) -> bool:
@@ -16,26 +20,29 @@ def wants_vetted_space(root: dict[str, Any]) -> bool:
 
 
 def add_vetted_space(parsed: dict[str, Any]) -> None:
-    """Opens what each method's own search space names and the recipe does not."""
-    method = parsed.setdefault("method", Recipe.model_fields["method"].get_default()["type"])
-    if not isinstance(method, Hole):
-        parsed["method"] = _with_vetted_space(method, parsed, is_branch=False)
-        return
-    options = {
-        label: _with_vetted_space(option, parsed, is_branch=True)
-        for label, option in method.options.items()
-    }
-    parsed["method"] = Hole(method.space, options, method.index)
+    """Opens what each method's and objective's own search space names and the recipe does not."""
+    parsed.setdefault("method", Recipe.model_fields["method"].get_default()["type"])
+    for section in [name for name in _FAMILIES if name in parsed]:
+        found = parsed[section]
+        if not isinstance(found, Hole):
+            parsed[section] = _with_vetted_space(section, found, parsed, is_branch=False)
+            continue
+        options = {
+            label: _with_vetted_space(section, option, parsed, is_branch=True)
+            for label, option in found.options.items()
+        }
+        parsed[section] = Hole(found.space, options, found.index)
 
 
-def _with_vetted_space(method: Any, parsed: dict[str, Any], *, is_branch: bool) -> Any:
-    opened: dict[Any, Any] = {"type": method} if isinstance(method, str) else method
-    if not isinstance(opened, dict) or opened.get("type") not in METHODS.names():
-        return method
+def _with_vetted_space(own: str, option: Any, parsed: dict[str, Any], *, is_branch: bool) -> Any:
+    registry = _FAMILIES[own]
+    opened: dict[Any, Any] = {"type": option} if isinstance(option, str) else option
+    if not isinstance(opened, dict) or opened.get("type") not in registry.names():
+        return option
     opened = dict(opened)
-    for name, space in METHODS.get(opened["type"]).search_space().items():
-        section, key = name.split(".") if "." in name else ("method", name)
-        if section == "method":
+    for name, space in registry.get(opened["type"]).search_space().items():
+        section, key = name.split(".") if "." in name else (own, name)
+        if section == own:
             opened.setdefault(key, make_hole(space))
             continue
         there = parsed.setdefault(section, {})

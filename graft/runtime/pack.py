@@ -19,11 +19,11 @@ from graft.core.errors import GraftError, TrainingError
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.run import (
     LoadedRun,
-    initial_tensors,
     measure,
     report_on,
     require_finite,
     run_facts,
+    starting_tensors,
 )
 from graft.engine.run_folder import (
     RECIPE_FILE,
@@ -226,7 +226,7 @@ class Pack:
             str(seat.number),
             recipe,
             seat.run.prepared.train,
-            tensors=None if past else initial_tensors(recipe, seat.run.ready, self._home),
+            tensors=starting_tensors(seat.run, self._home, is_resumed=past is not None),
             state=past.state if past else None,
         )
         with self._changed:

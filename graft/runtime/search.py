@@ -17,6 +17,7 @@ from graft.core.errors import MissingDependencyError, TrainingError
 from graft.core.events import EventLog
 from graft.core.progress import Progress, Task
 from graft.core.spaces import Choice, Int
+from graft.engine.run_folder import objective_figures
 from graft.runtime.dedicated import dedicated_trial
 from graft.runtime.pack_actor import start_pack
 from graft.runtime.packed import LIGHT_CPUS, PackedTrial, SeatCallback
@@ -239,6 +240,7 @@ class TrialWatch(tune.Callback):
             for objective in self._study.section.objectives:
                 if objective.metric in metrics:
                     fields[objective.metric] = metrics[objective.metric]
+            fields |= objective_figures(metrics)
             fields["tokens/s"] = metrics.get("train/tokens_per_s", 0.0)
             bar.advance(result["steps"] - seen, **fields)
             self._bars[number] = (bar, result["steps"])

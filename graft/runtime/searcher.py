@@ -21,6 +21,8 @@ from graft.runtime.scheduler import STEP
 from graft.runtime.study import Study
 from graft.runtime.trials import Asked, Sampled, failure_of, forget_failure
 
+_MEASURED = ("train/", "eval/", "method/", "objective/")
+
 Executor = Literal["packed", "dedicated"]
 
 
@@ -218,5 +220,5 @@ def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in result.items()
-        if name.startswith(("train/", "eval/", "method/")) and isinstance(value, int | float)
+        if name.startswith(_MEASURED) and isinstance(value, int | float)
     }

@@ -391,8 +391,8 @@ def _outputs(
     logprobs, reference = ([scores.tolist() for scores in of_rows[at]] for of_rows in drawn)
     extra = {REFERENCE: reference} if "reference" in objective.needs else {}
     outputs = outputs_of(rows[at], logprobs, extra)
-    leaf = outputs.logprobs_P.requires_grad_()
     statistics = objective.statistics(outputs) if objective.probe_rows(rows) else {}
+    leaf = outputs.logprobs_P.requires_grad_()
     return replace(outputs, statistics=dict.fromkeys(statistics, 0.1)), leaf
 
 
@@ -512,6 +512,7 @@ def _outcomes(*, is_good: bool) -> list[RowOutcome]:
             answer=f'{{"lamp": {number}}}' if is_good else "I am sorry, I cannot say",
             loss_sum=(0.1 if is_good else 9.0) * (number + 1),
             num_tokens=4 + number,
+            preference_margin=(0.1 if is_good else -0.1) * (number + 1),
         )
         for number in range(6)
     ]
