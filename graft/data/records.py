@@ -52,6 +52,8 @@ class TokenRow(NamedTuple):
     """What is known of the whole answer: 1 wanted, 0 unwanted."""
     extra: dict[str, Sequence[float]] | None = None
     """Numbers for the objective, one for each of the row's targets in order."""
+    part: str = ""
+    """Source of a mixture that it is from; empty where there is one source alone."""
 
     @property
     def num_branches(self) -> int:
