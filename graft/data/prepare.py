@@ -76,6 +76,16 @@ class DataProof(StrictModel):
     parts: dict[str, DataProof] = Field(default_factory=dict)
     """Of each source of a mixture, by name; the counts above are of all together."""
 
+    @property
+    def splits(self) -> dict[str, SplitProof]:
+        """All counts by name: `train`, `held out`, and of a mixture's sources `wiki train`."""
+        own = {"train": self.train, **({"held out": self.eval} if self.eval else {})}
+        return own | {
+            f"{part} {name}": split
+            for part, proof in self.parts.items()
+            for name, split in proof.splits.items()
+        }
+
 
 class PreparedData(NamedTuple):
     """Everything that the engine needs of the data."""

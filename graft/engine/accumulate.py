@@ -11,16 +11,16 @@ import torch
 from graft.engine.backends.base import Backend
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
 from graft.engine.logprobs import slot_outputs, supervised_logprobs
+from graft.engine.mixture import StepObjective
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.routing import DropoutStream
-from graft.objectives.base import Objective
 
 
 @dataclass(frozen=True)
 class SlotStep:
     """One slot's part of a step."""
 
-    objective: Objective
+    objective: StepObjective
     rows: Sequence[RoutedRow]
     seed: int
     """Of dropout."""

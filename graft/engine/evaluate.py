@@ -93,20 +93,11 @@ def evaluate(
     if "loss" in kinds:
         held_out = _require(wanted_rows(prepared.eval)[:rows], "rows")
         with model.observed() as seen:
-            losses = row_losses(model, slot, held_out, progress=progress)
+            outcomes["loss"] = _loss_outcomes(model, slot, held_out, progress)
         observed = _figures(seen)
-        outcomes["loss"] = [
-            RowOutcome(reference="", answer=None, loss_sum=total, num_tokens=count, part=row.part)
-            for row, (total, count) in zip(held_out, losses, strict=True)
-        ]
     if "preference" in kinds:
         pairs = _require(prepared.preferences[:rows], "pairs (`chosen` and `rejected`)")
-        outcomes["preference"] = [
-            RowOutcome("", None, None, None, preference_margin=margin, part=pair.part)
-            for pair, margin in zip(
-                pairs, pair_margins(model, slot, pairs, progress=progress), strict=True
-            )
-        ]
+        outcomes["preference"] = _pair_outcomes(model, slot, pairs, progress)
     if "generation" in kinds:
         prompts = _require(prepared.prompts[:rows], "prompts")
         answers = greedy_answers(
@@ -136,6 +127,26 @@ def evaluate(
         confidence=confidence,
         observed=observed,
     )
+
+
+def _loss_outcomes(
+    model: MultiAdapterModel, slot: str | None, rows: Sequence[TokenRow], progress: Progress
+) -> list[RowOutcome]:
+    losses = row_losses(model, slot, rows, progress=progress)
+    return [
+        RowOutcome("", None, loss_sum=total, num_tokens=count, part=row.part)
+        for row, (total, count) in zip(rows, losses, strict=True)
+    ]
+
+
+def _pair_outcomes(
+    model: MultiAdapterModel, slot: str | None, pairs: Sequence[TokenRow], progress: Progress
+) -> list[RowOutcome]:
+    margins = pair_margins(model, slot, pairs, progress=progress)
+    return [
+        RowOutcome("", None, None, None, preference_margin=margin, part=pair.part)
+        for pair, margin in zip(pairs, margins, strict=True)
+    ]
 
 
 def wanted_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:

@@ -26,6 +26,7 @@ from graft.engine.run_folder import (
     save_progress,
 )
 from graft.engine.train import StepReport, Trainer
+from graft.recipe.mixture import mixture_facts
 
 if TYPE_CHECKING:
     from graft.data.prepare import PreparedData
@@ -70,14 +71,14 @@ def load_run(recipe: Recipe, home: Path) -> LoadedRun:
     Raises:
         GraftError: Of the kind that fits: model, data or settings.
     """
-    from graft.data.prepare import prepare_data
+    from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
     from graft.models import load_model, load_tokenizer, require_device, resolve_model
 
     require_device(recipe.model)
     ready = resolve_model(recipe.model, home)
     template = ChatTemplate(load_tokenizer(ready))
-    prepared = prepare_data(recipe.data, recipe.objective, template)
+    prepared = prepare_parts(recipe.parts, template)
     model = MultiAdapterModel(load_model(ready, recipe.model))
     if recipe.scale.gradient_checkpointing:
         recompute_layers(model.base)
@@ -197,7 +198,7 @@ def require_finite(step: StepReport, recipe: Recipe) -> None:
 
 def starting_tensors(run: LoadedRun, home: Path, *, is_resumed: bool) -> AdapterTensors | None:
     """Reads what a slot is to join with: its first weights, if not resumed, and its reference."""
-    if is_resumed and "reference" not in run.recipe.objective.needs:
+    if is_resumed and not run.recipe.needs_reference:
         return None
     return initial_tensors(run.recipe, run.ready, home)
 
@@ -240,6 +241,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
         "base": run.ready.digest,
         "data": run.prepared.proof.digest,
         "data.max_length": run.prepared.proof.max_length,
+        **mixture_facts(run.recipe.data),
         "model.dtype": recipe["model"]["dtype"],
         **{f"model.quantization.{k}": v for k, v in recipe["model"]["quantization"].items()},
         **{f"method.{k}": v for k, v in recipe["method"].items()},
@@ -302,7 +304,7 @@ def report_metrics(recipe: Recipe) -> list[Metric]:
     from graft.metrics.base import METRICS
 
     searched = [
-        o.metric.removeprefix("eval/") for o in recipe.search.objectives if "eval/" in o.metric
+        o.metric.rpartition("/")[2] for o in recipe.search.objectives if "eval/" in o.metric
     ]
     listed = {metric.type: metric for metric in recipe.eval.metrics}
     cheap = [name for name, metric in listed.items() if metric.needs != "generation"]

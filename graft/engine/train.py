@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from pydantic import Field
@@ -26,18 +25,16 @@ from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
 from graft.engine.batches import RoutedRow
 from graft.engine.calibrate import input_moments
+from graft.engine.mixture import Draw, MixedObjective, StepObjective, draw_of, objective_of
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
-from graft.engine.order import batch_rows
 from graft.engine.reference import References
 from graft.engine.schedule import learning_rate
 from graft.engine.scoring import outputs_of, score_rows
-from graft.methods.base import Method
+from graft.methods.base import Method, by_site
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
-from graft.objectives.base import REFERENCE, Objective
+from graft.objectives.base import REFERENCE
 from graft.recipe.sections import Recipe, TrainSection
-
-T = TypeVar("T")
 
 
 class StepReport(StrictModel):
@@ -80,7 +77,8 @@ class SlotState:
 @dataclass
 class _Job:
     method: Method
-    objective: Objective
+    objective: StepObjective
+    draw: Draw
     settings: TrainSection
     rows: Sequence[TokenRow]
     trained: tuple[str, ...]
@@ -131,7 +129,8 @@ class Trainer:
             raise DataError("no training rows; data.train must have at least one")
         if name in self._jobs:
             raise TrainingError(f"a slot named {name!r} is already in training")
-        if "reference" in recipe.objective.needs:
+        objective, draw = objective_of(recipe), draw_of(recipe, rows)
+        if "reference" in objective.needs:
             self._references.join(name, recipe.method, tensors)
         tensors = state.tensors if state else tensors
         try:
@@ -152,7 +151,8 @@ class Trainer:
             self.backend.load_optimizer_state(name, state.optimizer)
         self._jobs[name] = _Job(
             recipe.method,
-            recipe.objective,
+            objective,
+            draw,
             recipe.train,
             rows,
             trained=tuple(key for key, p in parameters.items() if p.requires_grad),
@@ -265,7 +265,7 @@ class Trainer:
         found = [
             job.method.regularization(by_site(self.model.parameters(name)))
             for name, job in active.items()
-            if isinstance(job.method, LayerMethod)
+            if isinstance(job.method, LayerMethod) and job.method.regularizes
         ]
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() / self.backend.world_size if terms else None
@@ -273,8 +273,9 @@ class Trainer:
     def _slot_step(self, name: str, job: _Job) -> SlotStep:
         """Takes the rows of the job's next step, with what its objective needs beside them."""
         settings, objective = job.settings, job.objective
-        indices = batch_rows(settings.seed, job.step, settings.batch_size, len(job.rows))
-        rows = [job.rows[index] for index in indices]
+        rows = [job.rows[index] for index in job.draw(job.step)]
+        if isinstance(objective, MixedObjective):
+            objective = objective.for_step(rows)
         statistics = self._statistics(name, job, rows)
         if "reference" in objective.needs:
             found = self._references.scores(name, rows, max_tokens=settings.micro_batch_tokens)
@@ -309,12 +310,3 @@ class Trainer:
                 name, probes, max_tokens=max_tokens, keeps=False
             )
         return job.objective.statistics(outputs_of(probes, logprobs, extra))
-
-
-def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Regroups `site.tensor` → value as site → tensor name → value."""
-    found: dict[str, dict[str, T]] = {}
-    for key, value in named.items():
-        site, _, tensor = key.rpartition(".")
-        found.setdefault(site, {})[tensor] = value
-    return found

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
-from graft.data import ChatTemplate, DataProof, TokenRow, prepare_data
+from graft.data import ChatTemplate, DataProof, TokenRow, prepare_data, prepare_parts
 from graft.models import ReadyModel, load_tokenizer, resolve_model
+from graft.recipe.mixture import require_single
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
@@ -60,7 +61,7 @@ def check(
     recipe = space.example()
     ready = resolve_model(recipe.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    prepared = prepare_data(recipe.data, recipe.objective, template, progress=progress)
+    prepared = prepare_parts(recipe.parts, template, progress=progress)
     return CheckReport(
         model=ready,
         context_tokens=template.context_tokens,
@@ -84,6 +85,7 @@ def render_row(row: TokenRow, template: ChatTemplate) -> RenderedRow:
 def _check_feedback(recipe: Recipe, template: ChatTemplate, progress: Progress) -> DataProof | None:
     if recipe.loop.feedback is None:
         return None
+    data = require_single(recipe.data, "loop.feedback")
     new = {"train": recipe.loop.feedback, "eval": recipe.loop.feedback_eval}
-    section = recipe.data.model_copy(update={**new, "limit": None, "eval_limit": None})
+    section = data.model_copy(update={**new, "limit": None, "eval_limit": None})
     return prepare_data(section, recipe.objective, template, progress=progress).proof

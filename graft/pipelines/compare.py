@@ -21,6 +21,7 @@ from graft.pipelines.compare_process import RunUnit, run_in_fresh_process
 from graft.pipelines.compare_race import Race, steps_done
 from graft.pipelines.compare_rows import common_loss, front_of, with_seconds
 from graft.pipelines.compare_unit import final_metrics
+from graft.recipe.mixture import mixture_facts
 from graft.recipe.space import describe_space
 from graft.report import render_comparison
 from graft.report.comparison_facts import BaseFacts, Comparison, MethodFacts
@@ -176,15 +177,15 @@ class _Facts(NamedTuple):
 
 def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
     """Reads model and data once, and refuses what is wrong with them before anything runs."""
+    from graft.data.mixture import prepare_parts
     from graft.data.plain_text import load_text_rows
-    from graft.data.prepare import prepare_data
     from graft.data.template import ChatTemplate
     from graft.models import load_tokenizer, resolve_model
 
     example, content = space.example(), space.content()
     ready = resolve_model(example.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    proof = prepare_data(example.data, example.objective, template, progress=progress).proof
+    proof = prepare_parts(example.parts, template, progress=progress).proof
     section = example.compare
     general = None
     if section.general is not None:
@@ -197,6 +198,7 @@ def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
         example.eval.model_dump(mode="json"),
         [o.metric for o in search.objectives],
         [search.eval_rows, search.sampler, search.seed, section.search_steps],
+        *mixture_facts(example.data).values(),
     ]
     return _Facts(
         model=sha256_json([ready.digest, example.model.model_dump(mode="json")]),

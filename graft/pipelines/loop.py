@@ -25,6 +25,7 @@ from graft.pipelines.forms import recipe_of, seated
 from graft.pipelines.renewal_data import RenewalData
 from graft.pipelines.renewal_gate import GateReport, compare, judge
 from graft.pipelines.renewal_plan import RenewalPlan, make_plan
+from graft.recipe.mixture import require_single
 from graft.runtime.driftwatch import RenewalOutcome, RenewalRequest
 from graft.runtime.loopstate import loop_folder
 
@@ -244,7 +245,8 @@ class _Renewal:
         stored = [self._store.verify(digest) for digest in (plan.champion_digest, successor)]
         for adapter in stored:
             require_base(adapter, run.ready)
-        new_section = run.recipe.data.model_copy(update={"eval": loop.feedback_eval})
+        data = require_single(run.recipe.data, "a renewal")
+        new_section = data.model_copy(update={"eval": loop.feedback_eval})
         new_rows = prepare_data(new_section, run.recipe.objective, run.template)
 
         def measured(slot: str, rows: Any) -> EvalReport:

@@ -10,6 +10,7 @@ from graft.artifacts import Store, StoredAdapter
 from graft.core.model import StrictModel
 from graft.pipelines.forms import recipe_of
 from graft.pipelines.renewal_data import RenewalData, compose
+from graft.recipe.mixture import require_single
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
@@ -53,11 +54,11 @@ def make_plan(store: Store, name: str, sections: Sections, folder: Path, study: 
     trained = trained_form(store, champion)
     recipe = recipe_of(trained)
     data = compose(
-        sections.data,
+        require_single(sections.data, "a renewal"),
         sections.loop,
         folder,
         seed=recipe.train.seed,
-        older=[recipe.data.train],
+        older=[require_single(recipe.data, "a renewal of this champion").train],
     )
     return RenewalPlan(
         champion_version=version,

@@ -187,14 +187,14 @@ def _chosen(space: RecipeSpace, study: Study) -> str | None:
 
 def _data(space: RecipeSpace, home: Path, progress: Progress) -> tuple[SplitFacts, ...]:
     """Proves the data again; files may have gone since, and then the table stays empty."""
-    from graft.data.prepare import prepare_data
+    from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
     from graft.models import load_tokenizer, resolve_model
 
     example = space.example()
     try:
         template = ChatTemplate(load_tokenizer(resolve_model(example.model, home)))
-        proof = prepare_data(example.data, example.objective, template).proof
+        proof = prepare_parts(example.parts, template).proof
     except GraftError as error:
         logger.warning("the report goes without its data table: %s", error)
         progress.note(f"the report goes without its data table: {error}")
@@ -210,8 +210,7 @@ def _data(space: RecipeSpace, home: Path, progress: Progress) -> tuple[SplitFact
             num_truncated=split.num_truncated,
             num_duplicates=split.num_duplicates,
         )
-        for name, split in (("train", proof.train), ("held out", proof.eval))
-        if split is not None
+        for name, split in proof.splits.items()
     )
 
 

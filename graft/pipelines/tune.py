@@ -11,6 +11,7 @@ from graft.core.errors import ConfigError
 from graft.core.files import require_writable, sha256_json, write_atomic
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.recipe.mixture import mixture_facts
 from graft.runtime.trials import ENDED, StudyFacts, TrialRecord, Winner
 
 if TYPE_CHECKING:
@@ -145,17 +146,18 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
         ModelError: The base is missing or unsuitable.
         DataError: The data is.
     """
-    from graft.data.prepare import prepare_data
+    from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
     from graft.models import load_tokenizer, resolve_model
 
     example, content = space.example(), space.content()
     ready = resolve_model(example.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    proof = prepare_data(example.data, example.objective, template, progress=progress).proof
+    proof = prepare_parts(example.parts, template, progress=progress).proof
     shapes = {key: content.get(key) for key in ("method", "objective", "train")}
     shapes["space"] = example.search.space
     shapes["holes"] = sorted(space.holes)
+    shapes |= mixture_facts(example.data)
     return StudyFacts(
         space=sha256_json(shapes),
         model=sha256_json(

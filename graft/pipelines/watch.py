@@ -10,6 +10,7 @@ from graft.core.files import sha256_json
 from graft.core.progress import QUIET, Progress
 from graft.pipelines.reference import choose_prompts, save_reference
 from graft.pipelines.renewal_data import require_gate_rows
+from graft.recipe.mixture import require_single, sources_of
 from graft.runtime.driftwatch import MonitorSettings, Reference, build_detectors
 from graft.runtime.loopstate import LoopStatus, loop_folder, loop_timeline, read_status
 
@@ -58,7 +59,7 @@ def monitor_settings(
     sections = space.sections()
     name = name or sections.name
     if renews:
-        require_gate_rows(sections.data, sections.loop)
+        require_gate_rows(require_single(sections.data, "a renewal"), sections.loop)
     build_detectors(sections.watch)  # refuses what cannot work before a model is loaded
     return MonitorSettings(
         name=name,
@@ -81,12 +82,12 @@ def fit_reference(
 
     sections = space.sections()
     ready = resolve_model(sections.model, home, progress=progress)
-    examples = load_examples(
-        sections.data.train,
-        sections.data.format,
-        system=sections.data.system,
-        limit=sections.data.limit,
-    )
+    sources = sources_of(sections.data)
+    examples = [
+        example
+        for of in sources
+        for example in load_examples(of.train, of.format, system=of.system, limit=of.limit)
+    ]
     texts = choose_prompts(examples, sections.watch)
     key = sha256_json([ready.digest, sections.model.dtype, texts])
     file = f"reference-{key[:12]}.npz"
@@ -95,9 +96,8 @@ def fit_reference(
         progress.note(f"watch: embedding {len(texts)} training prompts as the reference")
         model = MultiAdapterModel(load_model(ready, sections.model))
         save_reference(path, model, load_tokenizer(ready), texts)
-    return Reference(
-        file=file, num_rows=len(texts), key=key, source=f"training rows {sections.data.train}"
-    )
+    files = ", ".join(source.train for source in sources)
+    return Reference(file=file, num_rows=len(texts), key=key, source=f"training rows {files}")
 
 
 def follow(home: Path, name: str, progress: Progress, *, every_s: float = 0.5) -> None:

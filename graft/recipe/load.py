@@ -72,13 +72,23 @@ def to_yaml(content: dict[str, Any]) -> str:
 
 
 def _resolve_paths(tree: Tree, folder: Path) -> None:
-    for path in (*_DATA_PATHS, *_FOLDER_OR_NAME):
-        section = tree.root.get(path[0])
-        value = section.get(path[1]) if isinstance(section, dict) else None
+    sources = _at(tree, ("data", "sources"))
+    count = len(sources) if isinstance(sources, list) else 0
+    mixed = [("data", "sources", at, key) for at in range(count) for key in ("train", "eval")]
+    data_paths = (*_DATA_PATHS, *mixed)
+    for path in (*data_paths, *_FOLDER_OR_NAME):
+        section, value = _at(tree, path[:-1]), _at(tree, path)
         if not isinstance(value, str) or not value:
             continue
         base = Path.cwd() if tree.origin(path).startswith("--set") else folder
-        section[path[1]] = _resolved(value, base, is_data=path in _DATA_PATHS)
+        section[path[-1]] = _resolved(value, base, is_data=path in data_paths)
+
+
+def _at(tree: Tree, path: FieldPath) -> Any:
+    try:
+        return tree.get(path)
+    except KeyError:
+        return None
 
 
 def _resolved(value: str, base: Path, *, is_data: bool) -> str:

@@ -202,8 +202,9 @@ def model_at(path: FieldPath, raw: Any) -> type[BaseModel] | None:
 
 
 def _model_of(annotation: Any, raw: Any) -> type[BaseModel] | None:
-    """Picks the model that an annotation means for a value, by its `type` if there are several."""
-    models = list(_models_in(annotation))
+    """Picks the model that an annotation means for a value, by its `type` or else its keys."""
+    keys = raw.keys() if isinstance(raw, dict) else set()
+    models = sorted(_models_in(annotation), key=lambda m: -len(m.model_fields.keys() & keys))
     name = raw.get("type") if isinstance(raw, dict) else raw
     for model in models:
         if issubclass(model, Variant) and model in FAMILIES:

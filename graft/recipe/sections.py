@@ -12,15 +12,15 @@ from graft.artifacts.names import require_name
 from graft.compressors.base import COMPRESSORS, Compressor
 from graft.core.model import Listed, StrictModel
 from graft.core.registry import nearest
-from graft.data.section import DataSection
+from graft.data.mixture import DataPart
 from graft.detectors.base import DETECTORS, Detector
 from graft.methods.base import METHODS, Method, Surroundings
 from graft.metrics.base import METRICS, Metric
 from graft.models.section import ModelSection, QuantizationSection
-from graft.objectives.base import OBJECTIVES, Objective
+from graft.objectives.base import Objective
+from graft.recipe.mixture import AnyData, AnyObjective, DataMixture
 
 AnyMethod = Annotated[Method, *METHODS.field()]
-AnyObjective = Annotated[Objective, *OBJECTIVES.field()]
 AnyCompressor = Annotated[Compressor, *COMPRESSORS.field()]
 AnyDetector = Annotated[Detector, *DETECTORS.field()]
 AnyMetric = Annotated[Metric, *METRICS.field()]
@@ -309,7 +309,8 @@ class Recipe(StrictModel):
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Names the study and the served adapter."""
     model: ModelSection
-    data: DataSection
+    data: AnyData
+    """One source, or `sources` of a mixture."""
     method: AnyMethod = Field({"type": "lora"}, validate_default=True)
     objective: AnyObjective = Field({"type": "sft"}, validate_default=True)
     train: TrainSection = TrainSection()
@@ -323,6 +324,21 @@ class Recipe(StrictModel):
     watch: WatchSection = Field(default_factory=WatchSection)
     loop: LoopSection = LoopSection()
     track: TrackSection = TrackSection()
+
+    @property
+    def parts(self) -> tuple[DataPart[Objective], ...]:
+        """What training draws rows from: the one source, or those of a mixture."""
+        if not isinstance(self.data, DataMixture):
+            return (DataPart(self.data, self.objective),)
+        return tuple(
+            DataPart(source, source.objective or self.objective, source.name, source.weight)
+            for source in self.data.sources
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Tells whether training compares with the model as it was."""
+        return any("reference" in part.objective.needs for part in self.parts)
 
     @field_validator("name")
     @classmethod
@@ -360,12 +376,33 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def objective_has_enough_rows(self) -> Recipe:
         """Refuses a step of fewer rows than the objective learns from together."""
-        smallest = self.objective.smallest_batch
-        if self.train.batch_size < smallest:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is too small for objective "
-                f"{self.objective.type}, which takes at least {smallest} rows a step"
-            )
+        for objective in {part.objective for part in self.parts}:
+            smallest = objective.smallest_batch
+            if self.train.batch_size < smallest:
+                raise ValueError(
+                    f"train.batch_size {self.train.batch_size} is too small for objective "
+                    f"{objective.type}, which takes at least {smallest} rows a step"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def sources_can_be_mixed(self) -> Recipe:
+        """Refuses objectives that cannot be learned from a few rows of a step among others."""
+        if not isinstance(self.data, DataMixture):
+            return self
+        objectives = {part.objective for part in self.parts}
+        for part in self.parts:
+            words = f"source {part.name!r}: objective {part.objective.type}"
+            if beyond := part.objective.needs - {"reference"}:
+                raise ValueError(
+                    f"{words} needs {' and '.join(sorted(beyond))}, which rows of a mixture do not "
+                    "have; train it on one source alone, with data.train"
+                )
+            if part.objective.smallest_batch > 1 and len(objectives) > 1:
+                raise ValueError(
+                    f"{words} learns from {part.objective.smallest_batch} rows of a step together, "
+                    "and beside other objectives a step may have fewer; give all sources this one"
+                )
         return self
 
     @model_validator(mode="after")
@@ -374,7 +411,9 @@ class Recipe(StrictModel):
         wanted = [objective.metric for objective in self.search.objectives]
         if len(set(wanted)) != len(wanted):
             raise ValueError("search.objectives names one metric twice; keep one")
-        known = [f"eval/{name}" for name in METRICS.names()]
+        names = METRICS.names()
+        held_out = [f"{part.name}/" for part in self.parts if part.name and part.section.eval]
+        known = [f"eval/{part}{name}" for part in ("", *held_out) for name in names]
         listed = {metric.type for metric in self.eval.metrics}
         for metric in (*wanted, self.loop.gate.metric):
             if not metric.startswith("eval/"):
@@ -383,7 +422,7 @@ class Recipe(StrictModel):
                 raise ValueError(
                     f"unknown metric {metric!r}.{nearest(metric, known)} Known: {', '.join(known)}"
                 )
-            name = metric.removeprefix("eval/")
+            name = metric.rpartition("/")[2]
             fields = METRICS.get(name).model_fields
             required = [key for key, field in fields.items() if field.is_required()]
             if required and name not in listed:

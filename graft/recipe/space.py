@@ -31,6 +31,7 @@ from graft.recipe.holes import (
     iterate_holes,
     middle,
 )
+from graft.recipe.mixture import DataMixture
 from graft.recipe.problems import explain, report
 from graft.recipe.sections import (
     AnyCompressor,
@@ -53,7 +54,7 @@ class Sections(NamedTuple):
 
     name: str
     model: ModelSection
-    data: DataSection
+    data: DataSection | DataMixture
     search: SearchSection
     compare: CompareSection
     eval: EvalSection

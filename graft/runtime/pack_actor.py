@@ -58,9 +58,9 @@ class PackActor:
         with self._lock:
             prepared = self._prepared.get(recipe.objective)
             if prepared is None:
-                from graft.data.prepare import prepare_data
+                from graft.data.mixture import prepare_parts
 
-                prepared = prepare_data(recipe.data, recipe.objective, self._base.template)
+                prepared = prepare_parts(recipe.parts, self._base.template)
                 self._prepared[recipe.objective] = prepared
         return replace(self._base, recipe=recipe, prepared=prepared)
 

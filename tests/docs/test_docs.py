@@ -37,6 +37,12 @@ def test_the_recipe_in_the_readme_is_a_recipe(tmp_path: Path) -> None:
     assert set(space.holes) == {"method/r", "train/lr"}
 
 
+@pytest.mark.parametrize("block", blocks(ROOT / "docs" / "data.md", "yaml"))
+def test_the_recipes_of_the_data_page_are_recipes(block: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml").is_complete
+
+
 def test_the_recipe_reference_is_what_the_code_says() -> None:
     spec = importlib.util.spec_from_file_location(
         "recipe_reference", ROOT / "docs" / "recipe_reference.py"

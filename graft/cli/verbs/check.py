@@ -48,9 +48,8 @@ def show(report: CheckReport, console: Console) -> None:
 
 
 def _add_proof(table: Table, proof: DataProof, prefix: str) -> None:
-    _add_split(table, f"{prefix}train", proof.train)
-    if proof.eval is not None:
-        _add_split(table, f"{prefix}eval", proof.eval)
+    for name, split in proof.splits.items():
+        _add_split(table, prefix + name, split)
 
 
 def _add_split(table: Table, name: str, split: SplitProof) -> None:
