@@ -143,6 +143,10 @@ def _pair_outcomes(
     model: MultiAdapterModel, slot: str | None, pairs: Sequence[TokenRow], progress: Progress
 ) -> list[RowOutcome]:
     margins = pair_margins(model, slot, pairs, progress=progress)
+    if not all(map(math.isfinite, margins)):
+        raise TrainingError(
+            f"{_named(slot)} gives answers no finite log-probability; its weights are broken"
+        )
     return [
         RowOutcome("", None, None, None, preference_margin=margin, part=pair.part)
         for pair, margin in zip(pairs, margins, strict=True)

@@ -139,6 +139,8 @@ class Objective(Variant):
     def probe_rows(self, rows: list[TokenRow]) -> list[TokenRow]:
         """Returns rows whose log-probabilities `statistics` needs; by default none.
 
+        What is longer than the base's context loses its end.
+
         Args:
             rows: All rows of the step, of all micro-batches and workers, in the step's order.
         """

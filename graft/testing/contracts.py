@@ -12,89 +12,35 @@ The suites use the tiny model; each takes a few seconds on a CPU.
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
-import pickle
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import ValidationError
-from ray import cloudpickle
 
 from graft.core.errors import DataError
-from graft.core.model import Variant
-from graft.core.spaces import Choice, Float, Int, Space
-from graft.data.records import Example, Message
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
 from graft.metrics.base import Metric, RowOutcome
-from graft.testing.tiny import tiny_model, tiny_rows, tiny_tokenizer
+from graft.testing._objective_contract import ObjectiveContract
+from graft.testing._variant_contract import VariantContract, require_bounds
+from graft.testing.tiny import tiny_model
 
 if TYPE_CHECKING:
     import torch
 
     from graft.compressors.base import Adapter, Compressor
-    from graft.data.records import TokenRow
-    from graft.data.template import ChatTemplate
     from graft.engine.multi.model import MultiAdapterModel
     from graft.engine.train import SlotState, Trainer
     from graft.methods.base import Method
-    from graft.objectives.base import Objective, TokenOutputs
 
-
-class VariantContract:
-    """What holds for every family: settings that travel, words, a place."""
-
-    family: ClassVar[str] = ""
-    """Ending of the class name, `Method`."""
-    must_cite: ClassVar[bool] = True
-    """The class or its module has a `Reference`; the do-nothing `none` needs none."""
-
-    @pytest.fixture
-    def variant_class(self) -> type[Variant]:
-        """The class under test; to be overridden."""
-        raise AssertionError("override the fixture variant_class")
-
-    @pytest.fixture
-    def variant(self, variant_class: type[Variant]) -> Variant:
-        """The class with its defaults, and the first example of a field that has none."""
-        fields = variant_class.model_fields
-        given = {key: f.examples[0] for key, f in fields.items() if f.is_required() and f.examples}
-        return variant_class.model_validate(given)
-
-    def test_settings_survive_json_and_pickle(self, variant: Variant) -> None:
-        assert type(variant).model_validate(json.loads(variant.model_dump_json())) == variant
-        assert pickle.loads(pickle.dumps(variant)) == variant
-        assert cloudpickle.loads(cloudpickle.dumps(variant)) == variant
-
-    def test_an_unknown_key_is_refused(self, variant: Variant) -> None:
-        with pytest.raises(ValidationError, match="no_such_key"):
-            type(variant).model_validate({**variant.model_dump(), "no_such_key": 1})
-
-    def test_settings_are_frozen(self, variant: Variant) -> None:
-        with pytest.raises(ValidationError, match="frozen"):
-            variant.type = "other"  # type: ignore[misc]
-
-    def test_its_type_is_its_file_and_its_class(self, variant: Variant) -> None:
-        cls = type(variant)
-        assert cls.__module__.rpartition(".")[2] == variant.type
-        words = "".join(part.capitalize() for part in variant.type.split("_"))
-        assert cls.__name__.lower() == f"{words}{self.family}".lower()
-
-    def test_it_says_what_it_is_and_where_it_comes_from(self, variant: Variant) -> None:
-        cls = type(variant)
-        module_doc = inspect.getmodule(cls).__doc__ or ""
-        assert cls.__doc__
-        assert module_doc
-        is_cited = "Reference:" in cls.__doc__ + module_doc
-        assert is_cited or not self.must_cite or variant.type == "none"
-
-    def test_every_setting_has_a_word_of_help(self, variant: Variant) -> None:
-        fields = type(variant).model_fields
-        assert not [name for name in fields if name != "type" and not fields[name].description]
+__all__ = [
+    "CompressorContract",
+    "MethodContract",
+    "MetricContract",
+    "ObjectiveContract",
+    "VariantContract",
+]
 
 
 class MethodContract(VariantContract):
@@ -110,14 +56,7 @@ class MethodContract(VariantContract):
         return MultiAdapterModel(tiny_model())
 
     def test_search_space_is_inside_the_field_bounds(self, variant: Method) -> None:
-        from graft.recipe.sections import TrainSection
-
-        for path, space in variant.search_space().items():
-            section, _, field = path.rpartition(".")
-            owner: type[Any] = TrainSection if section == "train" else type(variant)
-            assert field in owner.model_fields, path
-            for value in _ends(space):
-                owner.model_validate({field: value})
+        require_bounds(variant)
 
     def test_the_same_seed_gives_the_same_tensors(
         self, variant: Method, routed: MultiAdapterModel
@@ -240,67 +179,6 @@ class MethodContract(VariantContract):
         assert _is_same({"": whole.memory}, {"": second.memory}, 1e-6)
 
 
-class ObjectiveContract(VariantContract):
-    """Rows with something to learn; a loss that is finite, differentiable and a sum over rows."""
-
-    family = "Objective"
-
-    @pytest.fixture
-    def example(self, variant: Objective) -> Example:
-        """One example of the first kind that the objective learns from."""
-        user, assistant = (Message(**message) for message in tiny_rows(1)[0]["messages"])
-        kinds: dict[str, dict[str, Any]] = {
-            "messages": {"messages": (user, assistant)},
-            "preference": {"prompt": (user,), "chosen": assistant.content, "rejected": "no"},
-            "unpaired": {"prompt": (user,), "answer": assistant.content, "is_wanted": True},
-            "text": {"text": assistant.content},
-        }
-        return Example(source="contract:1", **kinds[min(variant.columns)])
-
-    @pytest.fixture
-    def template(self) -> ChatTemplate:
-        """Of the tiny model."""
-        from graft.data.template import ChatTemplate
-
-        return ChatTemplate(tiny_tokenizer())
-
-    def test_its_rows_have_targets_and_weight(
-        self, variant: Objective, example: Example, template: ChatTemplate
-    ) -> None:
-        rows = variant.rows(example, template)
-        assert rows
-        for row in rows:
-            assert len(row.input_ids) == len(row.is_supervised)
-            assert any(row.is_supervised)
-            assert row.source == example.source
-            assert variant.row_weight(row) > 0
-
-    def test_its_loss_is_a_sum_over_rows(
-        self, variant: Objective, example: Example, template: ChatTemplate
-    ) -> None:
-        import torch
-
-        rows = [row for at in range(2) for row in variant.rows(example, template)]
-        together, logprobs = _outputs(variant, rows)
-        losses = variant.loss(together)
-        assert losses.shape == (len(rows),)
-        assert bool(losses.isfinite().all())
-        apart = [_outputs(variant, rows, only=at)[0] for at in range(len(rows))]
-        torch.testing.assert_close(losses, torch.cat([variant.loss(one) for one in apart]))
-        losses.sum().backward()
-        assert logprobs.grad is not None
-        assert bool(logprobs.grad.isfinite().all() and logprobs.grad.any())
-
-    def test_its_figures_are_a_number_a_row(
-        self, variant: Objective, example: Example, template: ChatTemplate
-    ) -> None:
-        rows = variant.rows(example, template)
-        outputs, _ = _outputs(variant, rows)
-        for name, of_rows in variant.figures(outputs).items():
-            assert name.isidentifier()
-            assert of_rows.shape == (len(rows),)
-
-
 class CompressorContract(VariantContract):
     """A valid adapter comes out, the given one stays, a second pass changes nothing."""
 
@@ -371,36 +249,6 @@ class MetricContract(VariantContract):
     def test_no_rows_is_refused_in_words(self, variant: Metric) -> None:
         with pytest.raises(DataError, match=r"\w+ \w+"):
             variant.score([])
-
-
-def _outputs(
-    objective: Objective, rows: list[TokenRow], only: int | None = None
-) -> tuple[TokenOutputs, torch.Tensor]:
-    """Made-up outputs of some rows, or of one of them, and the log-probabilities in them."""
-    import torch
-
-    from graft.engine.scoring import outputs_of
-    from graft.objectives.base import REFERENCE
-
-    generator = torch.Generator().manual_seed(0)
-    drawn = [
-        [-torch.rand(len(row.targets), generator=generator).double() for row in rows]
-        for _ in range(2)
-    ]
-    at = slice(None) if only is None else slice(only, only + 1)
-    logprobs, reference = ([scores.tolist() for scores in of_rows[at]] for of_rows in drawn)
-    extra = {REFERENCE: reference} if "reference" in objective.needs else {}
-    outputs = outputs_of(rows[at], logprobs, extra)
-    statistics = objective.statistics(outputs) if objective.probe_rows(rows) else {}
-    leaf = outputs.logprobs_P.requires_grad_()
-    return replace(outputs, statistics=dict.fromkeys(statistics, 0.1)), leaf
-
-
-def _ends(space: Space) -> list[Any]:
-    if isinstance(space, Choice):
-        return list(space.values)
-    assert isinstance(space, Float | Int)
-    return [space.low, space.high]
 
 
 def _prompt() -> torch.Tensor:

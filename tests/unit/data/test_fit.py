@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from graft.core.errors import DataError
 from graft.data.fit import fit_row, require_right_mask
+from graft.data.prepare import prepare_data
 from graft.data.records import Message, TokenRow
 from graft.data.section import DataSection
 from graft.data.template import ChatTemplate
+from graft.objectives.base import OBJECTIVES
 
 PROMPT = (
     Message(role="user", content="dim the lamp"),
@@ -90,3 +95,30 @@ def test_a_row_without_a_prompt_is_refused() -> None:
     bare = ROW.take(list(range(3, 9)))
     with pytest.raises(DataError, match="the first token is supervised"):
         require_right_mask(bare)
+
+
+def test_held_out_pairs_stand_ready_whatever_the_objective(
+    tmp_path: Path, template: ChatTemplate
+) -> None:
+    for part, word in (("train", "lamp"), ("eval", "door")):
+        pair = {"prompt": f"open the {word}", "chosen": "done", "rejected": "I cannot"}
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    paths = DataSection(
+        train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"), max_length=64
+    )
+    for name in ("dpo", "kto"):
+        prepared = prepare_data(paths, OBJECTIVES.build(name), template)
+        (pair_row,) = prepared.preferences
+        prompt = [Message(role="user", content="open the door")]
+        assert pair_row == template.answers(prompt, ["done", "I cannot"], source="eval.jsonl:1")
+        assert [p.reference for p in prepared.prompts] == ["done"]
+
+
+def test_labels_of_one_kind_are_refused_when_the_data_is_read(
+    tmp_path: Path, template: ChatTemplate
+) -> None:
+    rows = [{"prompt": f"a {at}", "completion": "b", "label": True} for at in range(3)]
+    file = tmp_path / "thumbs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"thumbs.jsonl: all 3 answers are wanted"):
+        prepare_data(DataSection(train=str(file)), OBJECTIVES.build("kto"), template)

@@ -12,13 +12,14 @@ import torch
 from graft.core.errors import DataError, TrainingError
 from graft.data.records import EvalPrompt, TokenRow
 from graft.data.template import ChatTemplate
-from graft.engine.evaluate import evaluate, row_losses
+from graft.engine.evaluate import evaluate, pair_margins, row_losses, wanted_rows
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.lora import LoraMethod
 from graft.metrics.exact_match import ExactMatchMetric
 from graft.metrics.loss import LossMetric
 from graft.metrics.perplexity import PerplexityMetric
+from graft.metrics.preference_accuracy import PreferenceAccuracyMetric
 from graft.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -96,6 +97,53 @@ def test_answers_are_those_of_each_prompt_alone() -> None:
     assert report.values == {"eval/exact_match": 0.75}
 
 
+def held_out_pairs() -> list[TokenRow]:
+    rows = held_out().eval
+    pairs = []
+    for one, other in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        ids = [5, 6, 7, *one.input_ids, *other.input_ids]
+        branch = [0] * 3 + [1] * len(one.input_ids) + [2] * len(other.input_ids)
+        pairs.append(TokenRow(ids, [k > 0 for k in branch], one.source, branch))
+    return pairs
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_a_preference_is_a_longer_mean_log_probability_than_of_the_rejected_answer(
+    shares_prompts: bool,
+) -> None:
+    model, pairs = model_with_adapter(), held_out_pairs()
+    model.shares_prompts = shares_prompts
+    expected = []
+    for pair in pairs:
+        alone = [pair.take(pair.branch_columns(k))._replace(branch=None) for k in (1, 2)]
+        (chosen, n), (rejected, m) = row_losses(model, "a", alone)
+        expected.append(rejected / m - chosen / n)
+    assert pair_margins(model, "a", pairs) == pytest.approx(expected, abs=1e-6)
+    data: Any = SimpleNamespace(eval=[], prompts=[], preferences=pairs)
+    report = evaluate(model, "a", data, [PreferenceAccuracyMetric()], template=TEMPLATE)
+    hits = [float(margin > 0) for margin in expected]
+    assert report.scores["eval/preference_accuracy"] == tuple(hits)
+    assert report.values["eval/preference_accuracy"] == sum(hits) / len(hits)
+
+
+def test_the_loss_is_of_wanted_answers_alone() -> None:
+    model, pairs = model_with_adapter(), held_out_pairs()
+    chosen = [pair.take(pair.branch_columns(1)) for pair in pairs]
+    plain = [row._replace(branch=None) for row in chosen]
+    unwanted = [row._replace(label=0.0) for row in chosen]
+    assert wanted_rows(pairs) == plain
+    assert wanted_rows([*unwanted, *(row._replace(label=1.0) for row in chosen)]) == [
+        row._replace(label=1.0) for row in plain
+    ]
+    reports = [
+        evaluate(
+            model, "a", SimpleNamespace(eval=rows, prompts=[]), [LossMetric()], template=TEMPLATE
+        )
+        for rows in (pairs, plain)
+    ]
+    assert reports[0].values == pytest.approx(reports[1].values)
+
+
 def test_the_same_evaluation_gives_the_same_report_and_intervals() -> None:
     first, second = (
         evaluate(model_with_adapter(), "a", held_out(), [LossMetric()], template=TEMPLATE)
@@ -113,8 +161,8 @@ def test_only_the_first_rows_are_read_when_asked() -> None:
 
 
 def test_without_held_out_rows_the_error_names_the_field() -> None:
-    empty: Any = SimpleNamespace(eval=[], prompts=[])
-    for metric in (LossMetric(), ExactMatchMetric()):
+    empty: Any = SimpleNamespace(eval=[], prompts=[], preferences=[])
+    for metric in (LossMetric(), ExactMatchMetric(), PreferenceAccuracyMetric()):
         with pytest.raises(DataError, match=r"data\.eval"):
             evaluate(model_with_adapter(), None, empty, [metric], template=TEMPLATE)
 
@@ -123,6 +171,8 @@ def test_a_broken_adapter_is_an_error_not_a_score() -> None:
     model = model_with_adapter()
     with torch.no_grad():
         next(iter(model.parameters("a").values())).fill_(float("nan"))
-    for metric in (LossMetric(), ExactMatchMetric()):
+    data = held_out()
+    data.preferences = held_out_pairs()
+    for metric in (LossMetric(), ExactMatchMetric(), PreferenceAccuracyMetric()):
         with pytest.raises(TrainingError, match="'a'"):
-            evaluate(model, "a", held_out(), [metric], template=TEMPLATE)
+            evaluate(model, "a", data, [metric], template=TEMPLATE)

@@ -16,6 +16,7 @@ from graft.metrics.json_valid import JsonValidMetric
 from graft.metrics.length import LengthMetric
 from graft.metrics.loss import LossMetric
 from graft.metrics.perplexity import PerplexityMetric
+from graft.metrics.preference_accuracy import PreferenceAccuracyMetric
 from graft.metrics.regex import RegexMetric
 
 
@@ -196,3 +197,9 @@ def test_an_empty_reference_is_not_looked_for() -> None:
 def test_a_metric_refuses_settings_that_cannot_score(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         METRICS.build(settings)
+
+
+def test_preference_accuracy_is_the_share_of_positive_margins_and_a_tie_is_none() -> None:
+    margins = (0.2, -0.1, 0.0, 3.0)
+    rows = [RowOutcome("", None, None, None, preference_margin=margin) for margin in margins]
+    assert PreferenceAccuracyMetric().score(rows) == (0.5, [1.0, 0.0, 0.0, 1.0])

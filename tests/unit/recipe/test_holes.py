@@ -209,6 +209,16 @@ def test_space_auto_opens_what_the_method_names_and_the_recipe_does_not(load: Lo
     assert load(text + "method: {type: lora, r: 4}\ntrain: {lr: 0.001}\n").is_complete
 
 
+def test_space_auto_opens_the_objective_too(load: Load) -> None:
+    text = "search: {space: auto}\nmethod: {type: lora, r: 4}\ntrain: {lr: 0.001}\n"
+    assert set(load(text + "objective: dpo\n").holes) == {"objective/beta"}
+    assert load(text + "objective: {type: dpo, beta: 0.2}\n").is_complete
+    space = load(text + "objective: {choice: [{type: dpo}, {type: orpo, beta: 0.3}]}\n")
+    assert set(space.holes) == {"objective", "objective[dpo]/beta"}
+    recipe = space.fix({"objective": "dpo", "objective[dpo]/beta": 0.5})
+    assert recipe.objective.model_dump()["beta"] == 0.5
+
+
 def test_space_auto_keeps_each_branch_of_a_choice_apart(load: Load) -> None:
     space = load(
         "search: {space: auto}\n"
