@@ -23,17 +23,14 @@ from graft.data.records import TokenRow
 from graft.engine.accumulate import SlotStep, accumulate
 from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
-from graft.engine.batches import RoutedRow
 from graft.engine.calibrate import input_moments
-from graft.engine.mixture import Draw, MixedObjective, StepObjective, draw_of, objective_of
+from graft.engine.mixture import Draw, StepObjective, draw_of, objective_of
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
-from graft.engine.reference import References
+from graft.engine.preparation import Preparation
 from graft.engine.schedule import learning_rate
-from graft.engine.scoring import outputs_of, score_rows
 from graft.methods.base import Method, by_site
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
-from graft.objectives.base import REFERENCE
 from graft.recipe.sections import Recipe, TrainSection
 
 
@@ -94,7 +91,7 @@ class Trainer:
         self.model = model
         self.backend: Backend = backend or TorchBackend()
         self._jobs: dict[str, _Job] = {}
-        self._references = References(model, self.backend)
+        self._preparation = Preparation(model, self.backend)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -131,7 +128,7 @@ class Trainer:
             raise TrainingError(f"a slot named {name!r} is already in training")
         objective, draw = objective_of(recipe), draw_of(recipe, rows)
         if "reference" in objective.needs:
-            self._references.join(name, recipe.method, tensors)
+            self._preparation.references.join(name, recipe.method, tensors)
         tensors = state.tensors if state else tensors
         try:
             self.model.add_slot(
@@ -143,7 +140,7 @@ class Trainer:
                 moments=self._moments(recipe.method, rows) if tensors is None else None,
             )
         except GraftError:
-            self._references.leave(name)
+            self._preparation.references.leave(name)
             raise
         parameters = self.model.parameters(name)
         self.backend.attach(name, parameters, recipe.train, recipe.method.lr_scale)
@@ -179,7 +176,7 @@ class Trainer:
         del self._jobs[name]
         self.backend.detach(name)
         self.model.remove_slot(name)
-        self._references.leave(name)
+        self._preparation.references.leave(name)
 
     def state(self, name: str) -> SlotState:
         """A copy of all that the slot needs to continue elsewhere.
@@ -206,7 +203,7 @@ class Trainer:
             return {}
         for name, job in active.items():
             self._pick_trained(name, job)
-        taken = {name: self._slot_step(name, job) for name, job in active.items()}
+        taken = {name: self._taken(name, job) for name, job in active.items()}
         sums = accumulate(self.model, self.backend, taken, lambda: self._regularization(active))
         losses = {name: sums[name].loss for name in active}
         lrs = {name: learning_rate(job.settings, job.step) for name, job in active.items()}
@@ -270,43 +267,6 @@ class Trainer:
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() / self.backend.world_size if terms else None
 
-    def _slot_step(self, name: str, job: _Job) -> SlotStep:
-        """Takes the rows of the job's next step, with what its objective needs beside them."""
-        settings, objective = job.settings, job.objective
+    def _taken(self, name: str, job: _Job) -> SlotStep:
         rows = [job.rows[index] for index in job.draw(job.step)]
-        if isinstance(objective, MixedObjective):
-            objective = objective.for_step(rows)
-        statistics = self._statistics(name, job, rows)
-        if "reference" in objective.needs:
-            found = self._references.scores(name, rows, max_tokens=settings.micro_batch_tokens)
-            rows = [
-                row._replace(extra={**(row.extra or {}), REFERENCE: scores})
-                for row, scores in zip(rows, found, strict=True)
-            ]
-        return SlotStep(
-            objective,
-            [RoutedRow(name, row, at) for at, row in enumerate(rows)],
-            settings.seed,
-            job.step,
-            settings.micro_batch_tokens,
-            statistics,
-        )
-
-    def _statistics(self, name: str, job: _Job, rows: list[TokenRow]) -> dict[str, float]:
-        """What the objective makes of the whole step before its gradient pass."""
-        context = getattr(self.model.base.config, "max_position_embeddings", None)
-        probes = [
-            row if context is None else row.take(list(range(len(row.input_ids)))[:context])
-            for row in job.objective.probe_rows(rows)
-        ]
-        if not probes:
-            return {}
-        max_tokens = job.settings.micro_batch_tokens
-        self.model.weights_changed()
-        logprobs = score_rows(self.model, name, probes, backend=self.backend, max_tokens=max_tokens)
-        extra = {}
-        if "reference" in job.objective.needs:
-            extra[REFERENCE] = self._references.scores(
-                name, probes, max_tokens=max_tokens, keeps=False
-            )
-        return job.objective.statistics(outputs_of(probes, logprobs, extra))
+        return self._preparation.slot_step(name, job.objective, job.settings, rows, job.step)

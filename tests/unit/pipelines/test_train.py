@@ -101,6 +101,38 @@ def test_plain_text_trains_to_an_adapter_and_its_rows_keep_their_length(
         train(load_recipe(recipe_file, [data, objective, "data.max_length=32"]), home=home)
 
 
+def test_preferences_are_learned_from_an_adapter_on_and_after_an_interruption(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    for name, numbers in (("train", range(40)), ("eval", range(40, 52))):
+        pairs = (
+            {"prompt": f"put lamp to {n}", "chosen": f"lamp={n}", "rejected": f"door={n}"}
+            for n in numbers
+        )
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    pairs_given = [
+        f"data={{train: {tmp_path}/train.jsonl, eval: {tmp_path}/eval.jsonl}}",
+        "objective={type: dpo, beta: 0.5}",
+        "eval.metrics=[loss, preference_accuracy]",
+    ]
+    reports = {}
+    for name in ("cut", "whole"):
+        home = tmp_path / name
+        start = train(load_recipe(recipe_file, ["name=start"]), home=home).artifact
+        space = load_recipe(recipe_file, [*pairs_given, f"train.init_from={start}"])
+        if name == "cut":
+            stop_after(space, home, 5)
+        result = train(space, home=home)
+        assert result.metrics["eval/preference_accuracy"].rows == 12
+        reports[name] = [
+            {key: value for key, value in report.items() if key.startswith(("objective/", "eval/"))}
+            for report in read_reports(Path(result.folder))
+        ]
+    assert reports["cut"] == reports["whole"]
+    margins = [report["objective/reward_margin"] for report in reports["whole"]]
+    assert margins[0] < margins[-1]
+
+
 def test_an_experts_load_stands_in_every_report(recipe_file: Path, tmp_path: Path) -> None:
     from graft.engine.run import load_run, train_run
 
