@@ -12,7 +12,8 @@ from graft.metrics.base import METRICS, Metric, RowOutcome
 class LossMetric(Metric):
     """Cross-entropy a supervised token, in nats: what training minimises, on rows it has not seen.
 
-    Every token counts alike, so that a long answer weighs more than a short one.
+    Every token counts alike, so that a long answer weighs more than a short one. Of a pair the
+    chosen answer is read, and no answer that is labelled unwanted, whatever the objective.
 
     Reference:
         `loss` of transformers' causal language models, over the same tokens.

@@ -11,7 +11,7 @@ from graft.engine.checkpoint import newest_checkpoint
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.train import Trainer
 from graft.testing import tiny_model
-from tests.slow.zero_worker import LORA, STEPS, run
+from tests.slow.zero_worker import LORA, SFT, STEPS, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -24,6 +24,7 @@ def deepspeed_run(
     until: int = STEPS,
     offload: str = "none",
     method: dict[str, Any] = LORA,
+    objective: dict[str, Any] = SFT,
 ) -> None:
     command = [
         sys.executable,
@@ -37,13 +38,15 @@ def deepspeed_run(
         f"--until={until}",
         f"--offload={offload}",
         f"--method={json.dumps(method)}",
+        f"--objective={json.dumps(objective)}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def torch_run(folder: Path, until: int = STEPS) -> None:
-    run(Trainer(MultiAdapterModel(tiny_model())), folder, until, is_writer=True)
+def torch_run(folder: Path, until: int = STEPS, objective: dict[str, Any] = SFT) -> None:
+    trainer = Trainer(MultiAdapterModel(tiny_model()))
+    run(trainer, folder, until, is_writer=True, objective=objective)
 
 
 def losses_and_weights(folder: Path) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
@@ -136,3 +139,14 @@ def test_other_layerwise_methods_train_on_two_workers_as_in_one_process(
     run(trainer, alone, STEPS, is_writer=True, method=LAYERWISE[name])
     deepspeed_run(tmp_path, workers=2, stage=stage, method=LAYERWISE[name])
     assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+def test_preferences_are_learned_by_two_workers_as_by_one(
+    kind: str, stage: int, tmp_path: Path
+) -> None:
+    objective = {"type": kind}
+    torch_run(tmp_path / "alone", objective=objective)
+    deepspeed_run(tmp_path / "two", workers=2, stage=stage, objective=objective)
+    assert_same_training(tmp_path / "two", tmp_path / "alone")

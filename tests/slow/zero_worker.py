@@ -36,15 +36,32 @@ def tiny_token_rows(num_rows: int = 40) -> list[TokenRow]:
     return rows
 
 
+def preference_rows(kind: str, num_rows: int = 40) -> list[TokenRow]:
+    """Pairs of answers of very uneven length; for `kto` one answer each, with its label."""
+    draw = random.Random(1)
+    rows = []
+    for index in range(num_rows):
+        lengths = [draw.choice([2, 4, 15]) for _ in range(2 if kind == "kto" else 3)]
+        branch = [number for number, count in enumerate(lengths) for _ in range(count)]
+        ids = [draw.randrange(384) for _ in branch]
+        label = float(index % 2) if kind == "kto" else None
+        rows.append(TokenRow(ids, [k > 0 for k in branch], f"row {index}", branch, label))
+    return rows
+
+
+SFT = {"type": "sft"}
 LORA = {"type": "lora", "r": 4, "lora_dropout": 0.1}
 
 
-def zero_recipe(method: dict[str, Any], dtype: str = "fp32") -> Recipe:
+def zero_recipe(
+    method: dict[str, Any], dtype: str = "fp32", objective: dict[str, Any] = SFT
+) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"source": "tiny", "dtype": dtype},
             "data": {"train": "none.jsonl", "eval": "none.jsonl"},
             "method": method,
+            "objective": objective,
             "train": TrainSection(
                 steps=STEPS,
                 batch_size=7,
@@ -64,11 +81,13 @@ def run(
     *,
     is_writer: bool,
     method: dict[str, Any] = LORA,
+    objective: dict[str, Any] = SFT,
 ) -> None:
     """Trains from the newest checkpoint in the folder up to step `until`."""
     found = newest_checkpoint(folder / "checkpoints")
     state = found[0] if found else None
-    trainer.join("slot", zero_recipe(method), tiny_token_rows(), state=state)
+    rows = tiny_token_rows() if objective == SFT else preference_rows(objective["type"])
+    trainer.join("slot", zero_recipe(method, objective=objective), rows, state=state)
     losses = []
     for _ in range(until - (state.step if state else 0)):
         report = trainer.step()["slot"]
@@ -88,6 +107,7 @@ def main() -> None:
     parser.add_argument("--until", type=int, default=STEPS)
     parser.add_argument("--offload", default="none")
     parser.add_argument("--method", type=json.loads, default=LORA)
+    parser.add_argument("--objective", type=json.loads, default=SFT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = MultiAdapterModel(tiny_model())
@@ -104,6 +124,7 @@ def main() -> None:
         arguments.until,
         is_writer=backend.world_rank == 0,
         method=arguments.method,
+        objective=arguments.objective,
     )
     if arguments.stage == 3:
         for name, parameter in model.base.named_parameters():
