@@ -23,6 +23,8 @@ class Segment(StrictModel):
     text: str
     num_tokens: int
     is_supervised: bool
+    branch: int = 0
+    """Which of several answers it is in: 1 is the chosen one of a pair, 2 the other."""
 
 
 class RenderedRow(StrictModel):
@@ -72,13 +74,16 @@ def check(
 
 
 def render_row(row: TokenRow, template: ChatTemplate) -> RenderedRow:
-    """Turns a token row back into text, cut where supervision begins and ends."""
+    """Turns a token row back into text, cut where supervision or an answer begins and ends."""
     segments = []
-    pairs = zip(row.input_ids, row.is_supervised, strict=True)
-    for is_supervised, group in groupby(pairs, key=lambda pair: pair[1]):
-        ids = [token for token, _ in group]
-        text = template.tokenizer.decode(ids, skip_special_tokens=False)
-        segments.append(Segment(text=str(text), num_tokens=len(ids), is_supervised=is_supervised))
+    branches = row.branch or [0] * len(row.input_ids)
+    tokens = zip(row.is_supervised, branches, row.input_ids, strict=True)
+    for (is_supervised, branch), group in groupby(tokens, key=lambda token: token[:2]):
+        ids = [token for _, _, token in group]
+        text = str(template.tokenizer.decode(ids, skip_special_tokens=False))
+        segments.append(
+            Segment(text=text, num_tokens=len(ids), is_supervised=is_supervised, branch=branch)
+        )
     return RenderedRow(source=row.source, segments=tuple(segments))
 
 

@@ -39,6 +39,16 @@ def test_a_rendered_row_shows_what_is_learned(recipe_file: Path, tmp_path: Path)
     assert report.feedback is None
 
 
+def test_a_rendered_pair_shows_its_two_answers_apart(recipe_file: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "lamp?", "chosen": "lamp=7", "rejected": "door=7"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    data = f"data={{train: '{tmp_path}/pairs.jsonl'}}"
+    report = check(load_recipe(recipe_file, [data, "objective=dpo"]), home=tmp_path / "home")
+    (row,) = report.samples
+    found = [(segment.branch, segment.text) for segment in row.segments[1:]]
+    assert found == [(1, "lamp=7<|im_end|>"), (2, "door=7<|im_end|>")]
+
+
 def test_feedback_rows_are_proved_too(recipe_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "new.jsonl"
     broken.write_text('{"messages": []}\n', encoding="utf-8")
