@@ -43,7 +43,8 @@ def test_a_rendered_pair_shows_its_two_answers_apart(recipe_file: Path, tmp_path
     pair = {"prompt": "lamp?", "chosen": "lamp=7", "rejected": "door=7"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
     data = f"data={{train: '{tmp_path}/pairs.jsonl'}}"
-    report = check(load_recipe(recipe_file, [data, "objective=dpo"]), home=tmp_path / "home")
+    space = load_recipe(recipe_file, [data, "objective=dpo", "method.r=4"])
+    report = check(space, home=tmp_path / "home")
     (row,) = report.samples
     found = [(segment.branch, segment.text) for segment in row.segments[1:]]
     assert found == [(1, "lamp=7<|im_end|>"), (2, "door=7<|im_end|>")]
