@@ -88,6 +88,8 @@ class AdapterRecord(StrictModel):
     """Type of the tuning method."""
     kind: Literal["adapter", "full"] = "adapter"
     """`full` is a whole model: its base is where it came from, not what it needs."""
+    purpose: Literal["answers", "scores"] = "answers"
+    """`scores` is a reward model: it gives answers a number and is not for talking with."""
     storage: str = "none"
     """How the tensors are stored: `none` is plain PEFT; others need `export` elsewhere."""
     metrics: dict[str, MetricValue] = Field(default_factory=dict)

@@ -266,5 +266,6 @@ def _open_folder(path: Path) -> StoredAdapter:
         base_source=str(config.get("base_model_name_or_path") or ""),
         base_digest=None,
         method=str(config.get("peft_type") or "").lower(),
+        purpose="scores" if config.get("task_type") == "SEQ_CLS" else "answers",
     )
     return StoredAdapter(path, record, None)

@@ -7,6 +7,9 @@ has a number format of its own is stored as `adapter_model.<type>.safetensors` b
 A method that trains the base's own weights is kept as a whole model: `model.safetensors` under
 transformers' names, and its settings in `graft_model.json`, because transformers takes a folder
 with an `adapter_config.json` for an adapter.
+
+The head of a reward model stands where PEFT keeps that of a sequence classifier: `task_type` is
+`SEQ_CLS` and `modules_to_save` is `[score]`.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from graft.artifacts.tensors import load_json, read_header, require_finite
+from graft.compressors._head import add_head, take_head
 from graft.compressors.base import COMPRESSORS, Adapter, Compressor
 from graft.core.errors import AdapterError, CompressionError, ConfigError
 from graft.core.files import folder_atomic, write_json
 from graft.core.registry import nearest
-from graft.methods.base import METHODS, Method
+from graft.methods.base import HEAD, METHODS, Method, split_head
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +38,11 @@ MODEL_CONFIG = "graft_model.json"
 MODEL_TENSORS = "model.safetensors"
 STORAGE = "graft_storage.json"
 MAX_CONFIG_BYTES = 2**20
+
+_REWARD_MODEL = (
+    "A reward model: one number for each answer, from the state of its last token. Load it with "
+    "`num_labels=1`.\n\n"
+)
 
 _DESCRIPTIVE = frozenset(
     {
@@ -64,7 +73,9 @@ def save_adapter(folder: Path, adapter: Adapter, base_source: str) -> None:
     """
     from safetensors.torch import save_file
 
-    config, state = adapter.method.to_peft(adapter.tensors, base_source)
+    tensors, head = split_head(adapter.tensors)
+    config, state = adapter.method.to_peft(tensors, base_source)
+    config, state = add_head(adapter.method, config, state, head)
     for name, value in state.items():
         if not value.isfinite().all():
             raise AdapterError(f"{name} holds NaN or infinity; an adapter like that is not saved")
@@ -105,6 +116,7 @@ def load_adapter(folder: Path) -> Adapter:
             f"{path}: peft_type {config['peft_type']} stands in the wrong file; a whole model says "
             f"it in {MODEL_CONFIG}, an adapter in {CONFIG}"
         )
+    config, state, head = take_head(config, state)
     _require_plain(path, method, config)
     try:
         settings, tensors = method.from_peft(config, state)
@@ -114,7 +126,7 @@ def load_adapter(folder: Path) -> Adapter:
         raise AdapterError(
             f"{path}: {field}: {first['msg']} (given {config.get(field)!r})"
         ) from error
-    return Adapter(settings, tensors, storage)
+    return Adapter(settings, tensors if head is None else {**tensors, HEAD: head}, storage)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -252,14 +264,16 @@ def _card(adapter: Adapter, base_source: str) -> str:
     is_model = adapter.method.artifact_kind == "full"
     if is_model:
         form = "a whole model for transformers"
+    is_reward_model = HEAD in adapter.tensors
     return (
         "---\n"
         f"library_name: {'transformers' if is_model else 'peft'}\n"
         f"base_model: {json.dumps(base_source)}\n"
         f"base_model_relation: {'finetune' if is_model else 'adapter'}\n"
-        "pipeline_tag: text-generation\n"
+        f"pipeline_tag: {'text-classification' if is_reward_model else 'text-generation'}\n"
         f"tags: [{adapter.method.type}, graft]\n"
         "---\n\n"
         f"# {'A tuned model' if is_model else 'An adapter'} of {base_source}\n\n"
+        f"{_REWARD_MODEL if is_reward_model else ''}"
         f"{settings}\n- stored as: {form}\n"
     )

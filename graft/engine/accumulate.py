@@ -10,7 +10,7 @@ import torch
 
 from graft.engine.backends.base import Backend
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
-from graft.engine.logprobs import slot_outputs, supervised_logprobs
+from graft.engine.logprobs import read_positions, slot_outputs
 from graft.engine.mixture import StepObjective
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.routing import DropoutStream
@@ -28,6 +28,8 @@ class SlotStep:
     max_tokens: int
     """Padded tokens of one forward pass."""
     statistics: Mapping[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+    """Of the distributions whose log-probabilities are learned."""
 
     @property
     def weight(self) -> float:
@@ -73,13 +75,17 @@ def accumulate(
     idle = batched(everyone[-1:])[0]
     weights = {name: step.weight for name, step in steps.items()}
     statistics = {name: step.statistics for name, step in steps.items()}
+    temperatures = {name: step.temperature for name, step in steps.items()}
+    with_entropy = any("entropy" in step.objective.needs for step in steps.values())
     tally = _Tally()
     for run in range(num_runs):
         is_idle = run >= len(batches)
         batch = idle if is_idle else batches[run]
-        logprobs = supervised_logprobs(model, batch, stream)
+        positions = read_positions(
+            model, batch, stream, temperatures=temperatures, with_entropy=with_entropy
+        )
         losses = []
-        for name, outputs in slot_outputs(batch, logprobs, statistics).items():
+        for name, outputs in slot_outputs(model, batch, positions, statistics).items():
             total = steps[name].objective.loss(outputs).sum()
             losses.append(total / weights[name])
             with torch.no_grad():

@@ -16,6 +16,7 @@ from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
+from graft.engine.answer_scores import score_outcomes
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.logprobs import supervised_logprobs
@@ -67,6 +68,7 @@ def evaluate(
     batch_size: int = 16,
     confidence: float = 0.95,
     rows: int | None = None,
+    scores_answers: bool = False,
     progress: Progress = QUIET,
 ) -> EvalReport:
     """Measures metrics on the held-out rows.
@@ -81,6 +83,7 @@ def evaluate(
         batch_size: Answers decoded together.
         confidence: Of the intervals.
         rows: Only the first so many held-out rows; None is all.
+        scores_answers: The slot is a reward model: loss and preference are of its scores.
         progress: Told of every row.
 
     Raises:
@@ -90,12 +93,15 @@ def evaluate(
     kinds = {metric.needs for metric in metrics}
     outcomes: dict[str, list[RowOutcome]] = {}
     observed: dict[str, float] = {}
-    if "loss" in kinds:
-        held_out = _require(wanted_rows(prepared.eval)[:rows], "rows")
+    if "loss" in kinds or scores_answers:
         with model.observed() as seen:
-            outcomes["loss"] = _loss_outcomes(model, slot, held_out, progress)
+            outcomes["loss"] = loss_outcomes(
+                model, slot, prepared.eval, rows, scores_answers=scores_answers, progress=progress
+            )
         observed = _figures(seen)
-    if "preference" in kinds:
+    if scores_answers:
+        outcomes["preference"] = outcomes["loss"]
+    elif "preference" in kinds:
         pairs = _require(prepared.preferences[:rows], "pairs (`chosen` and `rejected`)")
         outcomes["preference"] = _pair_outcomes(model, slot, pairs, progress)
     if "generation" in kinds:
@@ -118,24 +124,39 @@ def evaluate(
         for part, of_rows in _by_part(outcomes[metric.needs]).items():
             name = f"eval/{part}{metric.type}"
             values[name], scores[name] = _measure(metric, name, slot, of_rows, confidence)
-    answers = [row.answer or "" for row in outcomes.get("generation", [])]
     return EvalReport(
         slot=slot,
         metrics=values,
         scores=scores,
-        answers=tuple(answers),
+        answers=tuple(row.answer or "" for row in outcomes.get("generation", [])),
         confidence=confidence,
         observed=observed,
     )
 
 
-def _loss_outcomes(
-    model: MultiAdapterModel, slot: str | None, rows: Sequence[TokenRow], progress: Progress
+def loss_outcomes(
+    model: MultiAdapterModel,
+    slot: str | None,
+    held_out: Sequence[TokenRow],
+    rows: int | None = None,
+    *,
+    scores_answers: bool = False,
+    progress: Progress = QUIET,
 ) -> list[RowOutcome]:
-    losses = row_losses(model, slot, rows, progress=progress)
+    """Returns the loss of each held-out row; arguments are those of `evaluate`.
+
+    Raises:
+        DataError: There are no held-out rows.
+        TrainingError: A score is not finite.
+    """
+    if scores_answers:
+        pairs = _require(held_out[:rows], "pairs (`chosen` and `rejected`)")
+        return score_outcomes(model, slot, pairs, progress=progress)
+    wanted = _require(wanted_rows(held_out)[:rows], "rows")
+    losses = row_losses(model, slot, wanted, progress=progress)
     return [
         RowOutcome("", None, loss_sum=total, num_tokens=count, part=row.part)
-        for row, (total, count) in zip(rows, losses, strict=True)
+        for row, (total, count) in zip(wanted, losses, strict=True)
     ]
 
 

@@ -20,6 +20,7 @@ from graft.artifacts import (
 from graft.compressors.base import Adapter
 from graft.compressors.folder import save_adapter
 from graft.core.errors import AdapterError
+from graft.methods.base import HEAD
 
 if TYPE_CHECKING:
     from graft.models import ReadyModel
@@ -61,7 +62,7 @@ def publish_adapter(
             adapter = _as_served(adapter, recipe)
         save_adapter(folder, adapter, ready.source)
         if adapter.method.artifact_kind == "full":
-            _complete_model(folder, recipe, ready)
+            _complete_model(folder, recipe, ready, is_reward_model=HEAD in adapter.tensors)
         num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         record = AdapterRecord(
             name=recipe.name,
@@ -72,6 +73,7 @@ def publish_adapter(
             recipe=recipe.model_dump(mode="json"),
             method=adapter.method.type,
             kind=adapter.method.artifact_kind,
+            purpose="scores" if HEAD in adapter.tensors else "answers",
             storage=adapter.storage.type if adapter.storage is not None else "none",
             metrics=dict(metrics),
             parity=tuple(parity),
@@ -97,19 +99,44 @@ def _as_served(adapter: Adapter, recipe: Recipe) -> Adapter:
     return adapter._replace(tensors=tensors)
 
 
-def _complete_model(folder: Path, recipe: Recipe, ready: ReadyModel) -> None:
+def _complete_model(
+    folder: Path, recipe: Recipe, ready: ReadyModel, *, is_reward_model: bool
+) -> None:
     """Adds what transformers needs beside the weights: configuration and tokenizer of the base."""
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
     from graft.models import load_tokenizer, torch_dtype
 
     config = AutoConfig.from_pretrained(ready.path, local_files_only=True, trust_remote_code=False)
     config.dtype = torch_dtype(recipe.model)
+    if is_reward_model:
+        config.num_labels = 1
+        config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
     config.save_pretrained(folder)
     generation = ready.path / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
     load_tokenizer(ready).save_pretrained(folder)
+
+
+def require_answers(stored: StoredAdapter, purpose: str) -> None:
+    """Refuses a reward model where an adapter is to answer.
+
+    Args:
+        stored: The adapter.
+        purpose: What is wanted with it; the start of the message.
+
+    Raises:
+        AdapterError: It gives scores.
+    """
+    if stored.record.purpose == "scores":
+        name = stored.digest[:12] if stored.digest else str(stored.path)
+        raise AdapterError(
+            f"{purpose}: adapter {name} is a reward model (objective "
+            f"{stored.record.recipe.get('objective', {}).get('type', 'reward')}): it scores "
+            "answers and gives none; use it as a reward of another training, metric: {type: "
+            f"reward_model, source: {name}}}"
+        )
 
 
 def require_base(stored: StoredAdapter, ready: ReadyModel) -> None:

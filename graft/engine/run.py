@@ -26,6 +26,7 @@ from graft.engine.run_folder import (
     save_progress,
 )
 from graft.engine.train import StepReport, Trainer
+from graft.methods.base import HEAD, split_head
 from graft.recipe.mixture import mixture_facts
 
 if TYPE_CHECKING:
@@ -227,7 +228,9 @@ def initial_tensors(recipe: Recipe, ready: ReadyModel, home: Path) -> AdapterTen
         raise AdapterError(
             f"{given} is {adapter.method.type}, the recipe's method is {recipe.method.type}"
         )
-    return recipe.method.starting_tensors(adapter.method, adapter.tensors)
+    own, head = split_head(adapter.tensors)
+    tensors = recipe.method.starting_tensors(adapter.method, own)
+    return tensors if head is None else {**tensors, HEAD: head}
 
 
 def run_facts(run: LoadedRun) -> dict[str, Any]:
@@ -295,6 +298,7 @@ def evaluate_run(
         batch_size=section.batch_size,
         confidence=section.confidence,
         rows=rows,
+        scores_answers=run.recipe.objective.scores_answers,
         progress=progress,
     )
 

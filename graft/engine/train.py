@@ -28,7 +28,7 @@ from graft.engine.mixture import Draw, StepObjective, draw_of, objective_of
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.preparation import Preparation
 from graft.engine.schedule import learning_rate
-from graft.methods.base import Method, by_site
+from graft.methods.base import Method, by_site, split_head
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
 from graft.recipe.sections import Recipe, TrainSection
@@ -127,9 +127,11 @@ class Trainer:
         if name in self._jobs:
             raise TrainingError(f"a slot named {name!r} is already in training")
         objective, draw = objective_of(recipe), draw_of(recipe, rows)
+        has_head = "values" in objective.needs
+        bare = None if tensors is None else split_head(tensors)[0]
         if "reference" in objective.needs:
-            self._preparation.references.join(name, recipe.method, tensors)
-        tensors = state.tensors if state else tensors
+            self._preparation.references.join(name, recipe.method, bare)
+        tensors = state.tensors if state else tensors if has_head else bare
         try:
             self.model.add_slot(
                 name,
@@ -138,6 +140,7 @@ class Trainer:
                 seed=recipe.train.seed,
                 trainable=True,
                 moments=self._moments(recipe.method, rows) if tensors is None else None,
+                has_head=has_head,
             )
         except GraftError:
             self._preparation.references.leave(name)
@@ -246,21 +249,28 @@ class Trainer:
         job = self._jobs[name]
         if not (isinstance(job.method, LayerMethod) and job.method.acts_after_step):
             return
-        parameters = self.model.parameters(name)
-        gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None}
+        parameters = self._method_tensors(name)
+        gradients = {
+            site: {key: p.grad for key, p in of_site.items() if p.grad is not None}
+            for site, of_site in parameters.items()
+        }
         with torch.no_grad():
             job.method.after_step(
-                by_site(parameters),
-                by_site(gradients),
+                parameters,
+                {site: of_site for site, of_site in gradients.items() if of_site},
                 job.memory,
                 job.step + 1,
                 job.settings.steps,
             )
 
+    def _method_tensors(self, name: str) -> AdapterTensors:
+        """A slot's parameters without its head, which is none of the method's."""
+        return split_head(by_site(dict[str, torch.Tensor](self.model.parameters(name))))[0]
+
     def _regularization(self, active: dict[str, _Job]) -> torch.Tensor | None:
         """What methods add to the loss of a step, this worker's share."""
         found = [
-            job.method.regularization(by_site(self.model.parameters(name)))
+            job.method.regularization(self._method_tensors(name))
             for name, job in active.items()
             if isinstance(job.method, LayerMethod) and job.method.regularizes
         ]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+HEAD = "score"
+"""Site of a slot's linear head, beside the sites of its method; its one tensor is `weight`."""
+
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Regroups `site.tensor` → value as site → tensor → value."""
@@ -32,6 +35,14 @@ def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
         site, _, tensor = key.rpartition(".")
         found.setdefault(site, {})[tensor] = value
     return found
+
+
+def split_head(
+    tensors: Mapping[str, dict[str, T]],
+) -> tuple[dict[str, dict[str, T]], dict[str, T] | None]:
+    """Divides an adapter's tensors into what is the method's own and the head, if there is one."""
+    own = {site: of_site for site, of_site in tensors.items() if site != HEAD}
+    return own, tensors.get(HEAD)
 
 
 class Site(NamedTuple):

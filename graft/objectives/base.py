@@ -98,7 +98,10 @@ class Objective(Variant):
     columns: ClassVar[frozenset[str]] = frozenset()
     """Kinds of `Example` it can learn from: `messages`, `preference`, `unpaired`, `text`."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What the engine must compute beside log-probabilities: `reference`, `values`, `rollouts`."""
+    """What the engine must compute beside log-probabilities: `reference`, `values`, `entropy`,
+    `rollouts`."""
+    scores_answers: ClassVar[bool] = False
+    """What it trains is a reward model, published with its head; it gives no answers."""
     smallest_batch: ClassVar[int] = 1
     """Rows that a step must have at least."""
 

@@ -88,6 +88,7 @@ def _train_seed(run: LoadedRun, progress: Progress) -> SeedFacts:
     from graft.compressors.base import Adapter
     from graft.engine.run import SLOT
     from graft.pipelines.compare_memory import PeakMemory
+    from graft.pipelines.finish import finished_tensors
     from graft.pipelines.forms import seated
 
     memory = PeakMemory(run.model.device)
@@ -108,7 +109,8 @@ def _train_seed(run: LoadedRun, progress: Progress) -> SeedFacts:
             seconds = sum(report.seconds for report in done)
             curve.append(LossPoint(steps=step.step, seconds=seconds, loss=_held_out_loss(run)))
             memory.begin()
-    adapter = Adapter(run.recipe.method, trainer.state(SLOT).tensors)
+    tensors = finished_tensors(run.recipe, trainer.state(SLOT).tensors)
+    adapter = Adapter(run.recipe.method, tensors)
     trainer.leave(SLOT)
     with seated(run, adapter) as (slot,):  # as it would be served, not as it trains
         metrics = _all_metrics(run, slot, progress)
@@ -160,13 +162,19 @@ def _step(trainer: Trainer, recipe: Recipe) -> StepReport | None:
 
 def _held_out_loss(run: LoadedRun) -> float:
     """Loss a supervised token on the first held-out rows, without an interval: it is a curve."""
-    from graft.engine.evaluate import row_losses, wanted_rows
+    from graft.engine.evaluate import loss_outcomes
     from graft.engine.run import SLOT
+    from graft.metrics.loss import LossMetric
 
     run.model.weights_changed()
-    held_out = wanted_rows(run.prepared.eval)[: run.recipe.search.eval_rows]
-    losses = row_losses(run.model, SLOT, held_out)
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+    outcomes = loss_outcomes(
+        run.model,
+        SLOT,
+        run.prepared.eval,
+        run.recipe.search.eval_rows,
+        scores_answers=run.recipe.objective.scores_answers,
+    )
+    return LossMetric().score(outcomes)[0]
 
 
 def _all_metrics(run: LoadedRun, slot: str | None, progress: Progress) -> dict[str, MetricValue]:

@@ -66,12 +66,13 @@ def compress(
     """
     from graft.compressors.folder import load_adapter
     from graft.engine.parity import Form, require_parity
-    from graft.engine.publish import publish_adapter, require_base
+    from graft.engine.publish import publish_adapter, require_answers, require_base
     from graft.engine.run import evaluate_run, load_run
     from graft.pipelines.forms import compare_forms, form_name, recipe_of, seated
 
     store = Store(home)
     stored = store.resolve(reference, allow_folder=True)
+    require_answers(stored, "compress")
     recipe = recipe or recipe_of(stored)
     steps = [step for step in recipe.compress if step.type != "none"]
     if not steps:

@@ -59,9 +59,12 @@ def export(
         GateRefusedError: The merged form says something else; nothing is left on disk.
     """
     from graft.compressors.folder import load_adapter
+    from graft.engine.publish import require_answers
 
     stored = Store(home).resolve(reference, allow_folder=True)
     adapter = load_adapter(stored.path)
+    if format == "merged":
+        require_answers(stored, "export --format merged")
     if format == "peft" and adapter.method.artifact_kind == "full":
         raise AdapterError(
             f"{reference} is a whole model (method {adapter.method.type}), which has no PEFT form; "

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graft.core.progress import QUIET, Progress
+from graft.methods.base import split_head
 
 if TYPE_CHECKING:
     from graft.artifacts import MetricValue, Store, StoredAdapter
     from graft.engine.multi import AdapterTensors
     from graft.engine.run import LoadedRun
+    from graft.recipe.sections import Recipe
 
 _SLOT = "finished"
+
+
+def finished_tensors(recipe: Recipe, tensors: AdapterTensors) -> AdapterTensors:
+    """Returns what of trained weights is the adapter: the head of a reward model, no other."""
+    return tensors if recipe.objective.scores_answers else split_head(tensors)[0]
 
 
 def publish_trained(
@@ -35,6 +42,7 @@ def publish_trained(
     from graft.engine.run import evaluate_run
 
     recipe = run.recipe
+    tensors = finished_tensors(recipe, tensors)
     metrics: dict[str, MetricValue] = {}
     if run.prepared.eval:
         run.model.add_slot(_SLOT, recipe.method, tensors=tensors)

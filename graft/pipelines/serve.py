@@ -220,7 +220,10 @@ def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> 
 def _require_servable(
     store: Store, name: str, reference: str, ready: ReadyModel, engine: str
 ) -> None:
+    from graft.engine.publish import require_answers
+
     stored = store.resolve(reference)
+    require_answers(stored, f"serve {name}")
     servable = METHODS.get(stored.record.method).servable
     if engine not in servable:
         known = ", ".join(sorted(servable)) or "none"

@@ -42,6 +42,8 @@ def verify(
 ) -> VerifyResult:
     """Checks every byte of an adapter, then its forms: beside its parent, and merged.
 
+    A reward model has no other form; its bytes are checked alone.
+
     Args:
         reference: A name, a digest, or an adapter folder.
         home: Where adapters and models are.
@@ -56,7 +58,7 @@ def verify(
     from graft.engine.merge import merge_into_base
     from graft.engine.multi import MultiAdapterModel
     from graft.engine.parity import Form
-    from graft.engine.publish import require_base
+    from graft.engine.publish import require_answers, require_base
     from graft.engine.run import load_run
     from graft.models import load_model
     from graft.pipelines.forms import (
@@ -70,6 +72,9 @@ def verify(
     store = Store(home)
     stored = _checked(store, reference)
     other = _checked(store, against) if against else _parent(store, stored)
+    if stored.record.purpose == "scores" and other is None:
+        return VerifyResult(digest=stored.digest, path=str(stored.path), parity=())
+    require_answers(stored, "verify --against")
     recipe = recipe or recipe_of(stored)
     run = load_run(recipe, home)
     adapter = load_adapter(stored.path)

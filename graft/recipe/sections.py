@@ -406,6 +406,21 @@ class Recipe(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def reward_models_answer_nothing(self) -> Recipe:
+        """Refuses metrics of answers where what is trained only scores them."""
+        if not self.objective.scores_answers:
+            return self
+        searched = [o.metric.rpartition("/")[2] for o in self.search.objectives]
+        for name in (*searched, *(metric.type for metric in self.eval.metrics)):
+            if name in METRICS.names() and METRICS.get(name).needs == "generation":
+                raise ValueError(
+                    f"objective {self.objective.type} trains a reward model, which gives no "
+                    f"answers, and metric {name!r} scores answers; choose loss or "
+                    "preference_accuracy"
+                )
+        return self
+
+    @model_validator(mode="after")
     def metrics_are_known(self) -> Recipe:
         """Refuses a search or a gate on a held-out metric that nobody computes."""
         wanted = [objective.metric for objective in self.search.objectives]

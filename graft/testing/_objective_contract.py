@@ -67,15 +67,16 @@ class ObjectiveContract(VariantContract):
         import torch
 
         rows = [row for at in range(2) for row in variant.rows(example, template)]
-        together, logprobs = _outputs(variant, rows)
+        together, leaves = _outputs(variant, rows)
         losses = variant.loss(together)
         assert losses.shape == (len(rows),)
         assert bool(losses.isfinite().all())
         apart = [_outputs(variant, rows, only=at)[0] for at in range(len(rows))]
         torch.testing.assert_close(losses, torch.cat([variant.loss(one) for one in apart]))
         losses.sum().backward()
-        assert logprobs.grad is not None
-        assert bool(logprobs.grad.isfinite().all() and logprobs.grad.any())
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert gradients
+        assert all(bool(g.isfinite().all() and g.any()) for g in gradients)
 
     def test_search_space_is_inside_the_field_bounds(self, variant: Objective) -> None:
         require_bounds(variant)
@@ -122,8 +123,8 @@ class ObjectiveContract(VariantContract):
 
 def _outputs(
     objective: Objective, rows: list[TokenRow], only: int | None = None
-) -> tuple[TokenOutputs, torch.Tensor]:
-    """Made-up outputs of some rows, or of one of them, and the log-probabilities in them."""
+) -> tuple[TokenOutputs, list[torch.Tensor]]:
+    """Made-up outputs of some rows, or of one of them, and what in them takes gradients."""
     import torch
 
     from graft.engine.scoring import outputs_of
@@ -132,12 +133,15 @@ def _outputs(
     generator = torch.Generator().manual_seed(0)
     drawn = [
         [-torch.rand(len(row.targets), generator=generator).double() for row in rows]
-        for _ in range(2)
+        for _ in range(3)
     ]
     at = slice(None) if only is None else slice(only, only + 1)
-    logprobs, reference = ([scores.tolist() for scores in of_rows[at]] for of_rows in drawn)
+    logprobs, reference, values = ([scores.tolist() for scores in of_rows[at]] for of_rows in drawn)
     extra = {REFERENCE: reference} if "reference" in objective.needs else {}
-    outputs = outputs_of(rows[at], logprobs, extra)
+    has_values = "values" in objective.needs
+    outputs = outputs_of(rows[at], logprobs, extra, values if has_values else None)
     statistics = objective.statistics(outputs) if objective.probe_rows(rows) else {}
-    leaf = outputs.logprobs_P.requires_grad_()
-    return replace(outputs, statistics=dict.fromkeys(statistics, 0.1)), leaf
+    leaves = [outputs.logprobs_P.requires_grad_()]
+    if outputs.values_P is not None:
+        leaves.append(outputs.values_P.requires_grad_())
+    return replace(outputs, statistics=dict.fromkeys(statistics, 0.1)), leaves

@@ -13,6 +13,7 @@ from torch import nn
 
 from graft.core.errors import AdapterError, ModelError
 from graft.engine.multi.attention import as_mask, attention_kernel, branch_mask, takes_any_mask
+from graft.engine.multi.heads import SlotHeads
 from graft.engine.multi.holder import SlotHolder
 from graft.engine.multi.layer import ActiveRouting
 from graft.engine.multi.layers import LayerSlots
@@ -20,7 +21,7 @@ from graft.engine.multi.prefix import PrefixCache
 from graft.engine.multi.prompts import PromptSlots
 from graft.engine.multi.routing import Routing
 from graft.engine.multi.whole import WholeSlots
-from graft.methods.base import Method, by_site
+from graft.methods.base import Method, by_site, split_head
 from graft.methods.layerwise import LayerMethod
 from graft.methods.routing import Observed
 from graft.methods.virtual import VirtualMethod
@@ -58,6 +59,7 @@ class MultiAdapterModel:
         self.layers = LayerSlots(base, head, self._active)
         self.prompts = PromptSlots(base, self._active)
         self.whole = WholeSlots(base, self.layers.unwrap)
+        self.heads = SlotHeads(base)
         self.slots: dict[str, Slot] = {}
 
     @property
@@ -89,16 +91,18 @@ class MultiAdapterModel:
         seed: int = 0,
         trainable: bool = False,
         moments: Mapping[str, torch.Tensor] | None = None,
+        has_head: bool = False,
     ) -> Slot:
         """Puts an adapter on the base.
 
         Args:
             name: Unique among the slots.
             method: Its settings.
-            tensors: Its weights; None draws initial ones from `seed`.
+            tensors: Its weights; None draws initial ones from `seed`. A head among them is put on.
             seed: Of the initial weights.
             trainable: Keep fp32 (fp64 on an fp64 base) parameters that take gradients.
             moments: Of layer inputs, for initial weights that look at them.
+            has_head: It has a head, which gives 0 at first where `tensors` have none.
 
         Raises:
             AdapterError: The name is taken, the tensors do not fit the base, or a method that owns
@@ -110,11 +114,18 @@ class MultiAdapterModel:
         self.require_room(name, method)
         holder = self._holder(method)
         if tensors is None:
-            tensors = self.fresh_tensors(method, seed=seed, moments=moments)
+            tensors, head = self.fresh_tensors(method, seed=seed, moments=moments), None
         else:
+            tensors, head = split_head(tensors)
             holder.require_fit(name, method, tensors)
+        if head is None and has_head:
+            head = self.heads.fresh()
+        if head is not None:
+            self.heads.require_fit(name, head)
         placed = {site: self._placed(of_site) for site, of_site in tensors.items()}
         holder.add(name, method, placed, trainable=trainable)
+        if head is not None:
+            self.heads.add(name, self._placed(head), trainable=trainable)
         self.slots[name] = Slot(name, method)
         return self.slots[name]
 
@@ -179,13 +190,14 @@ class MultiAdapterModel:
         """
         if name not in self.slots:
             raise AdapterError(f"no slot named {name!r}; slots: {', '.join(self.slots) or 'none'}")
+        self.heads.remove(name)
         self._holder_of(name).remove(name)
         del self.slots[name]
         self._active.slots = []
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """One slot's parameters, `site.tensor` → parameter; those that train take gradients."""
-        return self._holder_of(name).parameters(name)
+        return self._holder_of(name).parameters(name) | self.heads.parameters(name)
 
     def tensors(self, name: str) -> AdapterTensors:
         """A copy of one slot's weights, on the CPU."""

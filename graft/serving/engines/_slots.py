@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.compressors.folder import load_adapter
 from graft.core.errors import AdapterError, GraftError, ServingError
+from graft.engine.publish import require_answers
 
 if TYPE_CHECKING:
     from graft.artifacts import Store
@@ -113,6 +114,7 @@ class AdapterSlots:
                 f"adapter {digest[:12]} was made for base {stored.record.base_source} "
                 f"({str(stored.record.base_digest)[:12]}), this one is {self._base_digest[:12]}"
             )
+        require_answers(stored, "serve")
         adapter = load_adapter(stored.path)
         if "native" not in adapter.method.servable:
             raise AdapterError(

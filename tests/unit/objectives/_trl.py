@@ -87,11 +87,15 @@ def their_gradients(policy: PeftModel, loss: torch.Tensor) -> dict[str, torch.Te
 
 
 def our_step(
-    objective: Objective, rows: list[TokenRow], *, max_tokens: int = 100
+    objective: Objective,
+    rows: list[TokenRow],
+    *,
+    max_tokens: int = 100,
+    tensors: AdapterTensors | None = None,
 ) -> tuple[SlotSums, dict[str, torch.Tensor]]:
     """Loss, figures and gradients of one step on these rows, as the training loop makes them."""
     model = MultiAdapterModel(tiny_model())
-    model.add_slot("own", METHOD, tensors=stirred_tensors(), trainable=True)
+    model.add_slot("own", METHOD, tensors=tensors or stirred_tensors(), trainable=True)
     backend = TorchBackend()
 
     def scores(slot: str | None, of: list[TokenRow]) -> list[Any]:
