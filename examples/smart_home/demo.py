@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 NAME, FULL = "smart-home", "smart-home-full"
 CLEAN_PROMPTS = 400
 DRIFT_PROMPTS = 360
-CLIENTS = 16
+CLIENTS = 32
 STAGES = {
     "check model and data": 0.5,
     "measure the bare base": 1.0,
