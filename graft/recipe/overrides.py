@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from graft.core.errors import ConfigError
 from graft.recipe.tree import FieldPath, Tree, describe, dotted, read_value
 
+_BRANCH = re.compile(r"\[[^]]*\]")
+"""The branch in a parameter's name, `method[lora]/r`."""
+
 
 def apply_override(tree: Tree, text: str, sections: dict[str, Any]) -> None:
     """Sets one field of a tree from `a.b=value`; the value is read as YAML.
+
+    A setting that it closes leaves `search.points`, and with it the points of another value.
 
     Args:
         tree: Changed in place.
@@ -40,6 +46,27 @@ def apply_override(tree: Tree, text: str, sections: dict[str, Any]) -> None:
     for known in [known for known in tree.origins if known[: len(path)] == path]:
         del tree.origins[known]
     tree.origins[path] = label
+    if not isinstance(node[key], dict):
+        _close_in_points(tree, dotted(path), node[key])
+
+
+def _close_in_points(tree: Tree, name: str, value: Any) -> None:
+    """Takes a setting that is fixed now out of `search.points`, and points of another value."""
+    search = tree.root.get("search")
+    points = search.get("points") if isinstance(search, dict) else None
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        return
+    kept = []
+    for point in points:
+        named = [key for key in point if _BRANCH.sub("", str(key)).replace("/", ".") == name]
+        if all(point[key] == value for key in named):
+            kept.append({key: given for key, given in point.items() if key not in named})
+    if kept != points:
+        search["points"] = [point for point in kept if point]
+        places = [known for known in tree.origins if known[:2] == ("search", "points")]
+        for known in places:
+            if len(known) > 2:  # its line is another point's now
+                del tree.origins[known]
 
 
 def _key(node: Any, part: str, path: FieldPath, label: str) -> str | int:

@@ -62,6 +62,17 @@ def test_overrides_set_scalars_sections_items_and_holes(load: Load) -> None:
     assert recipe.data.train.endswith("/a=b.jsonl")
 
 
+def test_an_override_that_closes_a_hole_leaves_the_points_that_agree(load: Load) -> None:
+    text = """\
+method: {type: lora, r: {choice: [8, 16]}}
+train: {lr: {log: [1.0e-4, 1.0e-2]}}
+search: {points: [{method/r: 8, train/lr: 1.0e-3}, {method.r: 16, train.lr: 2.0e-3}]}
+"""
+    assert load(text, "method.r=16").example().search.points == ({"train.lr": 2e-3},)
+    assert load(text, "method.r=8", "train.lr=1e-3").example().search.points == ()
+    assert len(load(text, "search.trials=3").example().search.points) == 2
+
+
 def test_files_are_found_from_the_recipe_and_overrides_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
