@@ -130,9 +130,14 @@ def page() -> str:
         "eval.metrics": METRICS,
     }
     for path, registry in families.items():
+        inner: dict[str, type[BaseModel]] = {}
         for name in registry.names():
             model = registry.get(name)
             parts += [f"## `{path}`: `{{type: {name}}}`", first_line(model), table(model)]
+            for key, field in model.model_fields.items():
+                inner |= {f"{path}.{key}": found for found in inner_sections(field.annotation)}
+        for place, model in inner.items():
+            parts += [f"## `{place}`", first_line(model), table(model)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -57,6 +57,8 @@ def require_right_mask(row: TokenRow) -> None:
     Raises:
         DataError: Nothing is supervised, or the first token is, or two branches are the same.
     """
+    if row.asked is not None and len(row.input_ids) == row.num_prompt_tokens:
+        return  # a prompt without a known answer: what is learned of it is sampled
     if not any(row.is_supervised):
         raise DataError(
             f"{row.source}: no token of the row is supervised, so it teaches nothing; if it was "

@@ -197,6 +197,17 @@ def _require_answer(turn: Message, place: str) -> str:
     return turn.content
 
 
+def _from_prompts(row: Row, place: str, system: str | None) -> Example:
+    prompt = _side(row["prompt"], "user", f"{place}: prompt")
+    if prompt[-1].role == "assistant":
+        raise DataError(
+            f"{place}: prompt ends with the assistant's turn, so nothing is asked; end it with the "
+            "user's, or name the answer 'completion'"
+        )
+    answered = [*prompt, Message(role="assistant", content="-")]
+    return Example(source=place, prompt=_conversation(answered, place, system).messages[:-1])
+
+
 def _from_text(row: Row, place: str, system: str | None) -> Example:
     return Example(source=place, text=_text(row["text"], f"{place}: text"))
 
@@ -209,6 +220,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "prompts": ("prompt",),
 }
 """What each format's rows must have; other keys are left alone. In the order of recognition."""
 
@@ -219,6 +231,7 @@ _CONVERTERS: dict[str, Callable[[Row, str, str | None], Example]] = {
     "alpaca": _from_alpaca,
     "unpaired": _from_unpaired,
     "prompt_completion": _from_prompt_completion,
+    "prompts": _from_prompts,
     "text": _from_text,
 }
 

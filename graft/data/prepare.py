@@ -235,17 +235,23 @@ def _prompt_key(example: Example) -> str:
 
 
 def _eval_prompt(example: Example, template: ChatTemplate) -> EvalPrompt | None:
-    """The prompt of a held-out example: everything before its last answer.
-
-    None where no wanted answer is known: of plain text, and of an unwanted answer.
-    """
+    """The prompt of a held-out example, where no unwanted answer is all that is known."""
     if example.text is not None or example.is_wanted is False:
         return None
+    return prompt_of(example, template)
+
+
+def prompt_of(example: Example, template: ChatTemplate) -> EvalPrompt:
+    """Returns what a conversation asks: everything before its last answer, and that answer.
+
+    Without a wanted answer the reference is empty.
+    """
     messages = example.prompt or example.messages[:-1]
-    reference = example.chosen or example.answer or example.messages[-1].content
+    last = example.messages[-1].content if example.messages else None
+    wanted = example.answer if example.is_wanted else None
     return EvalPrompt(
         prompt_ids=template.prompt_ids(messages, source=example.source),
-        reference=reference,
+        reference=example.chosen or wanted or last or "",
         source=example.source,
         messages=[{"role": turn.role, "content": turn.content} for turn in messages],
     )

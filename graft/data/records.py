@@ -16,14 +16,14 @@ class Message(StrictModel):
 
 
 class Example(StrictModel):
-    """One row of any format, normalised. Exactly one of the four shapes is filled."""
+    """One row of any format, normalised. Exactly one of the five shapes is filled."""
 
     source: str
     """File and line, `train.jsonl:7`, for error messages."""
     messages: Listed[Message] = ()
     """A conversation; the assistant's turns are learned."""
     prompt: Listed[Message] = ()
-    """Preference and unpaired rows: what the answers reply to."""
+    """Preference and unpaired rows: what the answers reply to. Alone: a prompt to be answered."""
     chosen: str | None = None
     rejected: str | None = None
     answer: str | None = None
@@ -31,6 +31,19 @@ class Example(StrictModel):
     is_wanted: bool | None = None
     text: str | None = None
     """Plain text for continued pre-training."""
+
+
+class EvalPrompt(NamedTuple):
+    """One row for generation: the prompt up to the assistant, and the answer."""
+
+    prompt_ids: list[int]
+    reference: str
+    """The wanted answer; empty where none is known."""
+    source: str
+    messages: list[dict[str, Any]]
+    """The prompt as OpenAI messages."""
+    part: str = ""
+    """As in `TokenRow`."""
 
 
 class TokenRow(NamedTuple):
@@ -54,6 +67,8 @@ class TokenRow(NamedTuple):
     """Numbers for the objective, one for each of the row's targets in order."""
     part: str = ""
     """Source of a mixture that it is from; empty where there is one source alone."""
+    asked: EvalPrompt | None = None
+    """What is asked, where training samples the answers; the row's own is what was wanted."""
 
     @property
     def num_branches(self) -> int:
@@ -88,15 +103,3 @@ class TokenRow(NamedTuple):
             branch=[self.branch[at] for at in columns] if self.branch else None,
             extra=None,
         )
-
-
-class EvalPrompt(NamedTuple):
-    """One held-out row for generation: the prompt up to the assistant, and the answer."""
-
-    prompt_ids: list[int]
-    reference: str
-    source: str
-    messages: list[dict[str, Any]]
-    """The prompt as OpenAI messages."""
-    part: str = ""
-    """As in `TokenRow`."""

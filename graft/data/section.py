@@ -24,6 +24,7 @@ class DataSection(StrictModel):
         "prompt_completion",
         "preference",
         "unpaired",
+        "prompts",
         "text",
     ] = "auto"
     """The rows' shape; `auto` recognises it from the first row's keys and says so."""

@@ -16,6 +16,7 @@ from graft.methods.base import by_site
 _FORMAT = 1
 _KEEP = 2
 _MEMORY = "method.safetensors"
+_ROLLOUT = "rollout.safetensors"
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def save_checkpoint(root: Path, state: SlotState, facts: dict[str, Any]) -> Path
         }
         save_file(moments, temporary / "optimizer.safetensors")
         save_file({k: v.contiguous() for k, v in state.memory.items()}, temporary / _MEMORY)
+        if state.rollout:
+            save_file({k: v.contiguous() for k, v in state.rollout.items()}, temporary / _ROLLOUT)
         digests = {f.name: sha256_file(f) for f in sorted(temporary.iterdir())}
         manifest = {"format": _FORMAT, "step": state.step, "facts": facts, "files": digests}
         write_json(temporary / "manifest.json", manifest)
@@ -87,8 +90,10 @@ def load_checkpoint(folder: Path) -> tuple[SlotState, dict[str, Any]]:
     for key, value in load_file(folder / "optimizer.safetensors").items():
         parameter, _, name = key.partition("|")
         optimizer.setdefault(parameter, {})[name] = value
-    memory = load_file(folder / _MEMORY) if (folder / _MEMORY).exists() else {}
-    return SlotState(manifest["step"], tensors, optimizer, memory), manifest["facts"]
+    memory, rollout = (
+        load_file(folder / name) if (folder / name).exists() else {} for name in (_MEMORY, _ROLLOUT)
+    )
+    return SlotState(manifest["step"], tensors, optimizer, memory, rollout), manifest["facts"]
 
 
 def newest_checkpoint(root: Path) -> tuple[SlotState, dict[str, Any]] | None:

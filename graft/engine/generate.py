@@ -59,6 +59,8 @@ class GenerationEvent(NamedTuple):
     text: str
     """What can be shown now; all pieces together are the answer."""
     finish_reason: FinishReason | None
+    stop_id: int | None = None
+    """The stop token that ended the answer."""
 
 
 class GenerationResult(NamedTuple):
@@ -69,6 +71,8 @@ class GenerationResult(NamedTuple):
     """The answer's tokens, the stop token not included."""
     finish_reason: FinishReason
     num_prompt_tokens: int
+    stop_id: int | None = None
+    """The stop token that ended it; None where none did."""
 
 
 @dataclass
@@ -216,6 +220,7 @@ class Generator:
         tokens: list[list[int]] = [[] for _ in asked]
         texts = [""] * len(asked)
         reasons: dict[int, FinishReason] = {}
+        stop_ids: dict[int, int | None] = {}
         with progress.task("generate", len(asked), "answer") as task:
             while len(reasons) < len(asked):
                 for event in self.step():
@@ -224,21 +229,25 @@ class Generator:
                     if event.token_id is not None:
                         tokens[at].append(event.token_id)
                     if event.finish_reason is not None:
-                        reasons[at] = event.finish_reason
+                        reasons[at], stop_ids[at] = event.finish_reason, event.stop_id
                         task.advance()
         return [
-            GenerationResult(texts[at], tokens[at], reasons[at], len(request.prompt_ids))
+            GenerationResult(
+                texts[at], tokens[at], reasons[at], len(request.prompt_ids), stop_ids[at]
+            )
             for at, request in enumerate(asked)
         ]
 
     def _admit(self) -> list[_Running]:
         """Takes from the queue what one padded forward may hold; at least one request."""
         rows: list[_Running] = []
+        prompts: set[_Prompt] = set()
         longest = 0
         while self._waiting and self._free:
             waiting = self._waiting[0]
             longest = max(longest, len(waiting.request.prompt_ids))
-            if rows and longest * (len(rows) + 1) > PREFILL_TOKENS:
+            prompts.add(_prompt(waiting.request))
+            if rows and longest * len(prompts) > PREFILL_TOKENS:
                 break
             self._waiting.popleft()
             rows.append(self._start(waiting))
@@ -266,20 +275,27 @@ class Generator:
         self._composition = None
 
     def _prefill(self, rows: list[_Running]) -> list[GenerationEvent]:
-        """Reads whole prompts, padded on the right, where causal attention never looks."""
+        """Reads whole prompts, padded on the right, where causal attention never looks.
+
+        A prompt that several rows of a slot ask is read once.
+        """
         rows.sort(key=_by_slot)
-        prompts = [row.request.prompt_ids for row in rows]
+        first: dict[_Prompt, _Running] = {}
+        for row in rows:
+            first.setdefault(_prompt(row.request), row)
+        read = list(first.values())
+        prompts = [row.request.prompt_ids for row in read]
         width = max(map(len, prompts))
-        routing = _routing(rows)
+        routing = _routing(read)
         prefix = self.model.prompts.prefix(routing)
         if prefix is None:
             mask = torch.ones(width, width, dtype=torch.bool, device=self._device).tril()
-            mask = mask.expand(len(rows), 1, width, width)
-            position_ids = torch.arange(width, device=self._device).expand(len(rows), width)
+            mask = mask.expand(len(read), 1, width, width)
+            position_ids = torch.arange(width, device=self._device).expand(len(read), width)
         else:
             mask = prefix.visible(width)
             position_ids = prefix.positions(width)
-        self._cache.begin([row.cell for row in rows], None, self._device, prefix)
+        self._cache.begin([row.cell for row in read], None, self._device, prefix)
         hidden = self.model.hidden(
             torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts], device=self._device),
             routing=routing,
@@ -287,13 +303,18 @@ class Generator:
             position_ids=position_ids,
             cache=self._cache,
         )
-        for row, ids in zip(rows, prompts, strict=True):
-            row.num_cached = row.num_virtual + len(ids)
+        for row in rows:
+            row.num_cached = row.num_virtual + len(row.request.prompt_ids)
+            source = first[_prompt(row.request)]
+            if row is not source:
+                self._cache.copy(source.cell, row.cell, row.num_cached)
         self._running = sorted(self._running + rows, key=_by_slot)
         self._composition = None
         last = [(at, len(ids) - 1) for at, ids in enumerate(prompts)]
         at_N, last_N = torch.tensor(last, device=self._device).unbind(1)
-        return self._take(rows, self.model.logits(hidden[at_N, last_N]))
+        logits = self.model.logits(hidden[at_N, last_N])
+        number = {prompt: at for at, prompt in enumerate(first)}
+        return self._take(rows, logits[[number[_prompt(row.request)] for row in rows]])
 
     def _decode(self) -> list[GenerationEvent]:
         """Feeds every running row its last token."""
@@ -331,7 +352,7 @@ class Generator:
         if token is None:
             return GenerationEvent(row.request_id, None, row.stream.flush(), "error")
         if token in row.request.stop_ids:
-            return GenerationEvent(row.request_id, None, row.stream.flush(), "stop")
+            return GenerationEvent(row.request_id, None, row.stream.flush(), "stop", token)
         row.last_token = token
         row.num_new += 1
         text = row.stream.push(token)
@@ -343,6 +364,14 @@ class Generator:
         if is_full:
             return GenerationEvent(row.request_id, token, text + row.stream.flush(), "length")
         return GenerationEvent(row.request_id, token, text, None)
+
+
+_Prompt = tuple[str | None, tuple[int, ...]]
+
+
+def _prompt(request: GenerationRequest) -> _Prompt:
+    """What two requests must have in common to be read as one."""
+    return request.slot, tuple(request.prompt_ids)
 
 
 def _by_slot(row: _Running) -> tuple[str, int]:

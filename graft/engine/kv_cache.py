@@ -146,6 +146,12 @@ class KVCache(Cache):
         self._pools[layer_idx] = grown
         return grown
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Gives a cell the first tokens of another one."""
+        for pools in self._pools.values():
+            for pool in pools:
+                pool[target, :, :length] = pool[source, :, :length]
+
     def clear(self, cell: int) -> None:
         """Forgets what a cell holds."""
         for pools in self._pools.values():

@@ -1,17 +1,51 @@
-"""What a step needs before its gradient pass, beside the rows themselves."""
+"""What a step needs before its gradient pass: its rows, and what they are to carry."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
 
 from graft.data.records import TokenRow
 from graft.engine.accumulate import SlotStep
 from graft.engine.backends.base import Backend
 from graft.engine.batches import RoutedRow
-from graft.engine.mixture import MixedObjective, StepObjective
-from graft.engine.multi import MultiAdapterModel
+from graft.engine.mixture import Draw, MixedObjective, StepObjective, draw_of, objective_of
+from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.reference import References
+from graft.engine.rollouts import Prompts, Rollouts, restored_rows, saved_rows
 from graft.engine.scoring import outputs_of, score_rows
 from graft.objectives.base import REFERENCE
-from graft.recipe.sections import TrainSection
+from graft.objectives.sampling import SamplingObjective
+from graft.recipe.sections import Recipe, TrainSection
+
+if TYPE_CHECKING:
+    from graft.data.template import ChatTemplate
+
+
+@dataclass
+class _Learner:
+    """What a slot learns from."""
+
+    objective: StepObjective
+    draw: Draw
+    settings: TrainSection
+    rows: Sequence[TokenRow]
+    sampled: list[TokenRow] = field(default_factory=list)
+    """Prompts with the slot's own answers, where those are learned."""
+    told: dict[str, float] = field(default_factory=dict)
+    """What was told of the rollout of the last step."""
+
+    def num_iterations(self) -> int:
+        """Steps on the same rows."""
+        objective = self.objective
+        return objective.num_iterations if isinstance(objective, SamplingObjective) else 1
+
+    def drawn(self, step: int) -> list[TokenRow]:
+        """Rows of a step, or those that its answers are sampled for."""
+        return [self.rows[index] for index in self.draw(step // self.num_iterations())]
 
 
 class Preparation:
@@ -20,42 +54,109 @@ class Preparation:
     Args:
         model: Holds the slots.
         backend: Of the training.
+        template: Of the base; needed where an objective samples.
     """
 
-    def __init__(self, model: MultiAdapterModel, backend: Backend) -> None:
+    def __init__(
+        self, model: MultiAdapterModel, backend: Backend, template: ChatTemplate | None
+    ) -> None:
         self._model = model
         self._backend = backend
-        self.references = References(model, backend)
+        self._references = References(model, backend)
+        self._rollouts = Rollouts(model, backend, self._references, template)
+        self._learners: dict[str, _Learner] = {}
 
-    def slot_step(
-        self,
-        name: str,
-        objective: StepObjective,
-        settings: TrainSection,
-        rows: list[TokenRow],
-        step: int,
-    ) -> SlotStep:
-        """Gives rows what their objective needs beside them; every worker calls it alike.
+    def join(
+        self, name: str, recipe: Recipe, rows: Sequence[TokenRow], start: AdapterTensors | None
+    ) -> None:
+        """Takes a slot's rows; called before the slot itself is on the base.
 
         Args:
             name: The slot's.
-            objective: Learns from the rows.
-            settings: Of the training.
-            rows: All of the step.
-            step: Steps done before.
+            recipe: Its objectives and settings.
+            rows: Its training rows.
+            start: Its reference; None is the bare base.
+
+        Raises:
+            DataError: A source has no rows, or an answer would be longer than the context.
+            ConfigError: There is no memory for a reference.
+            AdapterError: The reference does not fit.
         """
+        objective = objective_of(recipe)
+        learner = _Learner(objective, draw_of(recipe, rows), recipe.train, rows)
+        if isinstance(objective, SamplingObjective):
+            self._rollouts.require_room(objective, recipe.method, rows)
+        if "reference" in objective.needs:
+            self._references.join(name, recipe.method, start)
+        self._learners[name] = learner
+
+    def leave(self, name: str) -> None:
+        """Forgets a slot."""
+        self._learners.pop(name, None)
+        self._references.leave(name)
+
+    def restore(self, name: str, step: int, rollout: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave, at the same step."""
+        if rollout:
+            learner = self._learners[name]
+            learner.sampled = restored_rows(rollout, learner.drawn(step))
+
+    def state(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """Sampled answers that are not learned to the end; empty where there are none."""
+        learner = self._learners[name]
+        return saved_rows(learner.sampled) if step % learner.num_iterations() else {}
+
+    def steps(self, steps: Mapping[str, int]) -> dict[str, SlotStep]:
+        """Makes each slot's part of a step; every worker calls it alike.
+
+        Args:
+            steps: Slots that take part, with the steps that they have done.
+
+        Raises:
+            TrainingError: A sampled answer, or what it earns, is broken.
+            DataError: A reward refuses a row.
+        """
+        self._roll_out(steps)
+        return {name: self._slot_step(name, step) for name, step in steps.items()}
+
+    def told(self, name: str, seconds: float) -> dict[str, float]:
+        """What is told of a slot's rollout in the last step, and its share of those seconds."""
+        learner = self._learners[name]
+        if not isinstance(learner.objective, SamplingObjective):
+            return {}
+        return {**learner.told, "rollout_fraction": self._rollouts.seconds / seconds}
+
+    def _roll_out(self, steps: Mapping[str, int]) -> None:
+        """Has answers sampled for all slots that are through with their last ones."""
+        asked = {}
+        for name, step in steps.items():
+            learner = self._learners[name]
+            learner.told = {}
+            objective = learner.objective
+            if isinstance(objective, SamplingObjective) and step % objective.num_iterations == 0:
+                asked[name] = Prompts(objective, learner.drawn(step), learner.settings, step)
+        for name, rollout in self._rollouts.sample(asked).items():
+            learner = self._learners[name]
+            learner.sampled, learner.told = rollout.rows, rollout.figures
+
+    def _slot_step(self, name: str, step: int) -> SlotStep:
+        learner = self._learners[name]
+        objective, settings = learner.objective, learner.settings
+        max_tokens, temperature = settings.micro_batch_tokens, 1.0
+        rows = learner.drawn(step)
         if isinstance(objective, MixedObjective):
             objective = objective.for_step(rows)
-        max_tokens = settings.micro_batch_tokens
         statistics = self._statistics(name, objective, rows, max_tokens)
-        if "reference" in objective.needs:
-            found = self.references.scores(name, rows, max_tokens=max_tokens)
+        if isinstance(objective, SamplingObjective):
+            rows, temperature = learner.sampled, objective.temperature
+        elif "reference" in objective.needs:
+            found = self._references.scores(name, rows, max_tokens=max_tokens)
             rows = [
                 row._replace(extra={**(row.extra or {}), REFERENCE: scores})
                 for row, scores in zip(rows, found, strict=True)
             ]
         routed = [RoutedRow(name, row, at) for at, row in enumerate(rows)]
-        return SlotStep(objective, routed, settings.seed, step, max_tokens, statistics)
+        return SlotStep(objective, routed, settings.seed, step, max_tokens, statistics, temperature)
 
     def _statistics(
         self, name: str, objective: StepObjective, rows: list[TokenRow], max_tokens: int
@@ -73,7 +174,7 @@ class Preparation:
         )
         extra = {}
         if "reference" in objective.needs:
-            extra[REFERENCE] = self.references.scores(
+            extra[REFERENCE] = self._references.scores(
                 name, probes, max_tokens=max_tokens, keeps=False
             )
         return objective.statistics(outputs_of(probes, logprobs, extra))

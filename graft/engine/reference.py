@@ -96,7 +96,13 @@ class References:
         del self._by_key[key]
 
     def scores(
-        self, name: str, rows: Sequence[TokenRow], *, max_tokens: int, keeps: bool = True
+        self,
+        name: str,
+        rows: Sequence[TokenRow],
+        *,
+        max_tokens: int,
+        keeps: bool = True,
+        temperature: float = 1.0,
     ) -> list[Scores]:
         """Returns log-probabilities of each row's targets under a slot's reference.
 
@@ -107,8 +113,18 @@ class References:
             rows: Any.
             max_tokens: Padded tokens of one forward pass.
             keeps: The rows will come again.
+            temperature: Of the distributions; scores of other ones than the model's are not kept.
         """
         reference = self._by_key[self._keys[name]]
+        if temperature != 1:
+            return score_rows(
+                reference.model,
+                reference.slot,
+                rows,
+                backend=self._backend,
+                max_tokens=max_tokens,
+                temperature=temperature,
+            )
         keys = [_key(row) for row in rows]
         new = {k: row for k, row in zip(keys, rows, strict=True) if k not in reference.known}
         found = score_rows(

@@ -116,7 +116,7 @@ def train_run(
         ConfigError: The folder belongs to a different run.
         AdapterError: `train.init_from` does not fit.
     """
-    trainer = Trainer(run.model, backend)
+    trainer = Trainer(run.model, backend, run.template)
     is_writer = trainer.backend.world_rank == 0
     facts = run_facts(run)
     past = read_progress(folder, facts)
@@ -188,12 +188,20 @@ def require_finite(step: StepReport, recipe: Recipe) -> None:
     """Ends a run that has come to nothing.
 
     Raises:
-        TrainingError: Loss or gradient is not a finite number.
+        TrainingError: Loss or gradient is not a finite number, or the objective says that what is
+            learned has collapsed.
     """
     if not step.is_finite:
         raise TrainingError(
             f"step {step.step}: loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}: not "
             f"finite; a smaller train.lr (now {recipe.train.lr:g}) or a longer warm-up may help"
+        )
+    collapse = recipe.objective.collapse(step.figures)
+    if collapse is not None:
+        raise TrainingError(
+            f"step {step.step}: {collapse} (objective.{recipe.objective.type}); what is learned "
+            f"has collapsed: a smaller train.lr (now {recipe.train.lr:g}), a larger beta or "
+            "another reward may help"
         )
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -20,11 +21,10 @@ from pydantic import Field
 from graft.core.errors import DataError, GraftError, TrainingError
 from graft.core.model import StrictModel
 from graft.data.records import TokenRow
-from graft.engine.accumulate import SlotStep, accumulate
+from graft.engine.accumulate import accumulate
 from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
 from graft.engine.calibrate import input_moments
-from graft.engine.mixture import Draw, StepObjective, draw_of, objective_of
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.preparation import Preparation
 from graft.engine.schedule import learning_rate
@@ -32,6 +32,9 @@ from graft.methods.base import Method, by_site, split_head
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
 from graft.recipe.sections import Recipe, TrainSection
+
+if TYPE_CHECKING:
+    from graft.data.template import ChatTemplate
 
 
 class StepReport(StrictModel):
@@ -69,15 +72,14 @@ class SlotState:
     optimizer: OptimizerState
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
     """What the method itself remembers of its steps."""
+    rollout: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sampled answers that are not learned to the end."""
 
 
 @dataclass
 class _Job:
     method: Method
-    objective: StepObjective
-    draw: Draw
     settings: TrainSection
-    rows: Sequence[TokenRow]
     trained: tuple[str, ...]
     """Names of its parameters that ask for gradients at some time."""
     step: int
@@ -85,13 +87,24 @@ class _Job:
 
 
 class Trainer:
-    """Trains the slots that joined, one step each at a time."""
+    """Trains the slots that joined, one step each at a time.
 
-    def __init__(self, model: MultiAdapterModel, backend: Backend | None = None) -> None:
+    Args:
+        model: The base.
+        backend: None steps with plain torch.
+        template: Of the base; needed where an objective samples answers.
+    """
+
+    def __init__(
+        self,
+        model: MultiAdapterModel,
+        backend: Backend | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
         self.model = model
         self.backend: Backend = backend or TorchBackend()
         self._jobs: dict[str, _Job] = {}
-        self._preparation = Preparation(model, self.backend)
+        self._preparation = Preparation(model, self.backend, template)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -118,7 +131,7 @@ class Trainer:
             state: A checkpoint to continue from; it has the weights too.
 
         Raises:
-            DataError: There are no rows.
+            DataError: There are no rows, or a sampled answer would be longer than the context.
             AdapterError: The weights do not fit.
             ConfigError: There is no memory for a reference.
         """
@@ -126,11 +139,9 @@ class Trainer:
             raise DataError("no training rows; data.train must have at least one")
         if name in self._jobs:
             raise TrainingError(f"a slot named {name!r} is already in training")
-        objective, draw = objective_of(recipe), draw_of(recipe, rows)
-        has_head = "values" in objective.needs
+        has_head = any("values" in part.objective.needs for part in recipe.parts)
         bare = None if tensors is None else split_head(tensors)[0]
-        if "reference" in objective.needs:
-            self._preparation.references.join(name, recipe.method, bare)
+        self._preparation.join(name, recipe, rows, bare)
         tensors = state.tensors if state else tensors if has_head else bare
         try:
             self.model.add_slot(
@@ -143,18 +154,16 @@ class Trainer:
                 has_head=has_head,
             )
         except GraftError:
-            self._preparation.references.leave(name)
+            self._preparation.leave(name)
             raise
         parameters = self.model.parameters(name)
         self.backend.attach(name, parameters, recipe.train, recipe.method.lr_scale)
         if state is not None:
             self.backend.load_optimizer_state(name, state.optimizer)
+            self._preparation.restore(name, state.step, state.rollout)
         self._jobs[name] = _Job(
             recipe.method,
-            objective,
-            draw,
             recipe.train,
-            rows,
             trained=tuple(key for key, p in parameters.items() if p.requires_grad),
             step=state.step if state else 0,
             memory={k: v.to(self.model.device, copy=True) for k, v in state.memory.items()}
@@ -179,7 +188,7 @@ class Trainer:
         del self._jobs[name]
         self.backend.detach(name)
         self.model.remove_slot(name)
-        self._preparation.references.leave(name)
+        self._preparation.leave(name)
 
     def state(self, name: str) -> SlotState:
         """A copy of all that the slot needs to continue elsewhere.
@@ -192,6 +201,7 @@ class Trainer:
             by_site(self.backend.parameters(name)),
             self.backend.optimizer_state(name),
             {key: value.detach().cpu().clone() for key, value in job.memory.items()},
+            self._preparation.state(name, job.step),
         )
 
     def step(self, names: Collection[str] | None = None) -> dict[str, StepReport]:
@@ -206,7 +216,7 @@ class Trainer:
             return {}
         for name, job in active.items():
             self._pick_trained(name, job)
-        taken = {name: self._taken(name, job) for name, job in active.items()}
+        taken = self._preparation.steps({name: job.step for name, job in active.items()})
         sums = accumulate(self.model, self.backend, taken, lambda: self._regularization(active))
         losses = {name: sums[name].loss for name in active}
         lrs = {name: learning_rate(job.settings, job.step) for name, job in active.items()}
@@ -231,7 +241,7 @@ class Trainer:
                 seconds=seconds,
                 is_finite=math.isfinite(losses[name]) and math.isfinite(norm),
                 is_finished=job.step >= job.settings.steps,
-                figures=sums[name].figures,
+                figures=sums[name].figures | self._preparation.told(name, seconds),
             )
         return reports
 
@@ -276,7 +286,3 @@ class Trainer:
         ]
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() / self.backend.world_size if terms else None
-
-    def _taken(self, name: str, job: _Job) -> SlotStep:
-        rows = [job.rows[index] for index in job.draw(job.step)]
-        return self._preparation.slot_step(name, job.objective, job.settings, rows, job.step)

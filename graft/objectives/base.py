@@ -96,7 +96,8 @@ class Objective(Variant):
     """Base of all objectives; stateless, and no hook may change what it is given."""
 
     columns: ClassVar[frozenset[str]] = frozenset()
-    """Kinds of `Example` it can learn from: `messages`, `preference`, `unpaired`, `text`."""
+    """Kinds of `Example` it can learn from: `messages`, `preference`, `unpaired`, `prompts`,
+    `text`."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the engine must compute beside log-probabilities: `reference`, `values`, `entropy`,
     `rollouts`."""
@@ -172,6 +173,16 @@ class Objective(Variant):
         `objective/<name>` in progress, events and reports. The names are always the same ones.
         """
         return {}
+
+    def collapse(self, figures: Mapping[str, float]) -> str | None:
+        """Says why training should end here, from what a step reported; by default never.
+
+        Called after every step. The words complete "step 7: ".
+
+        Args:
+            figures: As they were averaged.
+        """
+        return None
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "graft.objectives")

@@ -203,7 +203,7 @@ def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
     return _Facts(
         model=sha256_json([ready.digest, example.model.model_dump(mode="json")]),
         data=sha256_json([proof.digest, proof.max_length]),
-        general=sha256_json(general and [row.input_ids for row in general]),
+        general=sha256_json(general if general is None else [row.input_ids for row in general]),
         settings=sha256_json(settings),
     )
 

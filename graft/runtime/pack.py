@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from graft.core.errors import GraftError, TrainingError
 from graft.engine.multi import MultiAdapterModel
@@ -35,6 +35,9 @@ from graft.engine.run_folder import (
 from graft.engine.train import StepReport, Trainer
 from graft.recipe.sections import Recipe
 from graft.runtime.trials import fail_trial
+
+if TYPE_CHECKING:
+    from graft.data.template import ChatTemplate
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class Pack:
         run_of: Makes a trial's run of its recipe, on this base.
         home: For `train.init_from`.
         slots: Trials in training at once; others wait for a seat.
+        template: Of the base; needed where an objective samples answers.
         lease_s: A trial that has not asked for this long has lost its runner and is removed.
     """
 
@@ -86,9 +90,10 @@ class Pack:
         home: Path,
         *,
         slots: int,
+        template: ChatTemplate | None = None,
         lease_s: float = 180.0,
     ) -> None:
-        self._trainer = Trainer(model)
+        self._trainer = Trainer(model, template=template)
         self._run_of = run_of
         self._home = home
         self._num_slots = slots

@@ -36,7 +36,13 @@ class PackActor:
         self._base = load_run(Recipe.model_validate_json(recipe), self._home)
         self._lock = threading.Lock()
         self._prepared = {self._base.recipe.objective: self._base.prepared}
-        self._pack = Pack(self._base.model, self._run_of, self._home, slots=slots)
+        self._pack = Pack(
+            self._base.model,
+            self._run_of,
+            self._home,
+            slots=slots,
+            template=self._base.template,
+        )
 
     def join(self, number: int, folder: str) -> None:
         """Seats a trial; see `Pack.join`."""

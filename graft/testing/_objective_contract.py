@@ -66,7 +66,7 @@ class ObjectiveContract(VariantContract):
     ) -> None:
         import torch
 
-        rows = [row for at in range(2) for row in variant.rows(example, template)]
+        rows = _learned(variant, [r for _ in range(2) for r in variant.rows(example, template)])
         together, leaves = _outputs(variant, rows)
         losses = variant.loss(together)
         assert losses.shape == (len(rows),)
@@ -90,12 +90,14 @@ class ObjectiveContract(VariantContract):
         from graft.recipe.sections import Recipe
 
         rows = [row for example in examples for row in variant.rows(example, template)]
+        # What is sampled changes from step to step: one rollout is learned for all of them.
+        iterations = {"num_iterations": 6} if "rollouts" in variant.needs else {}
         recipe = Recipe.model_validate(
             {
                 "model": {"source": "tiny"},
                 "data": {"train": "none.jsonl"},
                 "method": method,
-                "objective": variant,
+                "objective": variant.model_copy(update=iterations),
                 "train": {
                     "steps": 6,
                     "batch_size": len(rows),
@@ -105,7 +107,7 @@ class ObjectiveContract(VariantContract):
                 },
             }
         )
-        trainer = Trainer(MultiAdapterModel(tiny_model()))
+        trainer = Trainer(MultiAdapterModel(tiny_model()), template=template)
         trainer.join("own", recipe, rows)
         first, *_, last = [trainer.step()["own"] for _ in range(6)]
         assert last.is_finished
@@ -114,11 +116,40 @@ class ObjectiveContract(VariantContract):
     def test_its_figures_are_a_number_a_row(
         self, variant: Objective, example: Example, template: ChatTemplate
     ) -> None:
-        rows = variant.rows(example, template)
+        rows = _learned(variant, variant.rows(example, template))
         outputs, _ = _outputs(variant, rows)
         for name, of_rows in variant.figures(outputs).items():
             assert name.isidentifier()
             assert of_rows.shape == (len(rows),)
+
+
+def _learned(objective: Objective, rows: list[TokenRow]) -> list[TokenRow]:
+    """The rows, or what an objective with rollouts would learn of them, made up."""
+    import torch
+
+    from graft.engine.rollouts import carrying_rows
+    from graft.engine.scoring import outputs_of
+    from graft.objectives.base import REFERENCE
+    from graft.objectives.sampling import SamplingObjective
+
+    if not isinstance(objective, SamplingObjective):
+        return rows
+    size = objective.group_size
+    answered = []
+    for row in rows:
+        prompt, answer = row.input_ids[: row.num_prompt_tokens], row.input_ids[-4:]
+        ids = prompt + answer * size
+        branch = [0] * len(prompt) + [k for k in range(1, size + 1) for _ in answer]
+        is_supervised = [k > 0 for k in branch]
+        answered.append(row._replace(input_ids=ids, branch=branch, is_supervised=is_supervised))
+    generator = torch.Generator().manual_seed(1)
+    logprobs, reference, values = (
+        [torch.rand(len(row.targets), generator=generator).neg().tolist() for row in answered]
+        for _ in range(3)
+    )
+    outputs = outputs_of(answered, logprobs, {REFERENCE: reference}, values)
+    rewards_NG = torch.rand(len(rows), size, generator=generator).double()
+    return carrying_rows(answered, objective.experience(outputs, rewards_NG))
 
 
 def _outputs(
@@ -137,7 +168,11 @@ def _outputs(
     ]
     at = slice(None) if only is None else slice(only, only + 1)
     logprobs, reference, values = ([scores.tolist() for scores in of_rows[at]] for of_rows in drawn)
-    extra = {REFERENCE: reference} if "reference" in objective.needs else {}
+    extra: dict[str, Any] = {
+        key: [(row.extra or {})[key] for row in rows[at]] for key in rows[0].extra or {}
+    }
+    if "reference" in objective.needs:
+        extra[REFERENCE] = reference
     has_values = "values" in objective.needs
     outputs = outputs_of(rows[at], logprobs, extra, values if has_values else None)
     statistics = objective.statistics(outputs) if objective.probe_rows(rows) else {}

@@ -75,8 +75,9 @@ def require_bounds(variant: Any) -> None:
         section, _, field = path.rpartition(".")
         owner: type[Any] = TrainSection if section == "train" else type(variant)
         assert field in owner.model_fields, path
+        others = variant.model_dump(mode="json") if owner is type(variant) else {}
         for value in _ends(space):
-            owner.model_validate({field: value})
+            owner.model_validate({**others, field: value})
 
 
 def _ends(space: Space) -> list[Any]:

@@ -23,6 +23,8 @@ class Backend(Protocol):
 
     world_size: int
     world_rank: int
+    forwards_together: bool
+    """A forward pass is collective: all workers run the same number of them."""
 
     def attach(
         self,

@@ -130,6 +130,15 @@ def test_a_system_message_is_put_before_rows_that_have_none(tmp_path: Path) -> N
     assert second.messages[0].content == "be brief"
 
 
+def test_a_prompt_without_an_answer_is_a_row_of_its_own_kind(tmp_path: Path) -> None:
+    rows = ({"prompt": "asks"}, {"prompt": [SYSTEM, USER]})
+    first, second = load_examples(write_jsonl(tmp_path / "rows.jsonl", *rows), "auto")
+    assert [(turn.role, turn.content) for turn in first.prompt] == [("user", "asks")]
+    assert [turn.role for turn in second.prompt] == ["system", "user"]
+    assert not first.messages
+    assert first.chosen is first.answer is first.text is None
+
+
 def test_line_seven_malformed_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"messages": [USER, ASSISTANT]})
@@ -173,6 +182,8 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
         "prompt is not what chosen and rejected reply to",
     ),
     ("unpaired", {"prompt": "a", "completion": [ASSISTANT, ASSISTANT], "label": True}, "one"),
+    ("prompts", {"prompt": [USER, ASSISTANT]}, "ends with the assistant's turn"),
+    ("prompts", {"prompt": [SYSTEM]}, "speaks before anybody"),
     ("text", {"text": ""}, "content is empty"),
     ("auto", {"question": "a"}, "no known format has the keys 'question'"),
 ]

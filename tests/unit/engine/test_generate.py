@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,6 +100,24 @@ def test_who_else_is_in_the_batch_changes_no_answer(max_batch: int) -> None:
     for request in requests():
         alone += make_generator(1).run([request])
     assert together == alone
+
+
+def test_a_prompt_that_several_requests_ask_is_read_once_and_answered_alike() -> None:
+    asked = [
+        replace(request, temperature=0.9, seed=seed)
+        for request in requests()[:3]
+        for seed in range(3)
+    ]
+    generator = make_generator(9)
+    read: list[int] = []
+    generator.model.base.get_decoder().register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    together = generator.run(asked)
+    widths = [len(request.prompt_ids) for request in asked]
+    assert read[0] == 3 * max(widths)
+    assert together == [make_generator(1).run([request])[0] for request in asked]
+    assert len({tuple(result.token_ids) for result in together}) > 3
 
 
 def test_a_long_answer_outgrows_the_first_cache() -> None:

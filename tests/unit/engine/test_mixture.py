@@ -136,7 +136,7 @@ def test_a_mixture_of_one_objective_takes_the_steps_of_one_file() -> None:
     single = recipe.model_copy(update={"data": make_recipe().data})
     trainer = Trainer(MultiAdapterModel(exact_model()))
     trainer.join("0", single, drawn)
-    trainer._jobs["0"].draw = lambda step: list(range(8 * step, 8 * step + 8))
+    trainer._preparation._learners["0"].draw = lambda step: list(range(8 * step, 8 * step + 8))
     assert largest_difference(ours, trained(trainer)) <= 1e-12
 
 

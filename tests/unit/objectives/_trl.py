@@ -98,8 +98,12 @@ def our_step(
     model.add_slot("own", METHOD, tensors=tensors or stirred_tensors(), trainable=True)
     backend = TorchBackend()
 
+    temperature = getattr(objective, "temperature", 1.0)
+
     def scores(slot: str | None, of: list[TokenRow]) -> list[Any]:
-        return score_rows(model, slot, of, backend=backend, max_tokens=max_tokens)
+        return score_rows(
+            model, slot, of, backend=backend, max_tokens=max_tokens, temperature=temperature
+        )
 
     statistics: dict[str, float] = {}
     if probes := objective.probe_rows(rows):
@@ -107,9 +111,9 @@ def our_step(
         statistics = objective.statistics(of_probes)
     if "reference" in objective.needs:
         found = zip(rows, scores(None, rows), strict=True)
-        rows = [row._replace(extra={REFERENCE: known}) for row, known in found]
+        rows = [row._replace(extra={**(row.extra or {}), REFERENCE: k}) for row, k in found]
     routed = [RoutedRow("own", row, at) for at, row in enumerate(rows)]
-    step = SlotStep(objective, routed, 0, 0, max_tokens, statistics)
+    step = SlotStep(objective, routed, 0, 0, max_tokens, statistics, temperature)
     sums = accumulate(model, backend, {"own": step}, lambda: None)["own"]
     parameters = model.parameters("own").items()
     return sums, {key: p.grad for key, p in parameters if p.grad is not None}

@@ -50,6 +50,24 @@ def test_a_rendered_pair_shows_its_two_answers_apart(recipe_file: Path, tmp_path
     assert found == [(1, "lamp=7<|im_end|>"), (2, "door=7<|im_end|>")]
 
 
+def test_prompts_without_answers_are_enough_where_answers_are_sampled(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"lamp {number}?"} for number in range(3)]
+    (tmp_path / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"data={{train: '{tmp_path}/asks.jsonl'}}", "method.r=4"]
+    rewards = "rewards: [{metric: json_valid}]"
+    report = check(
+        load_recipe(recipe_file, [*given, f"objective={{type: grpo, {rewards}}}"]),
+        home=tmp_path / "home",
+    )
+    assert report.data.train.num_rows == 3
+    assert report.data.train.num_supervised_tokens == 0
+    assert [len(row.segments) for row in report.samples] == [1, 1]
+    with pytest.raises(DataError, match=r"asks\.jsonl:1: objective 'sft' learns from conv"):
+        check(load_recipe(recipe_file, given), home=tmp_path / "home")
+
+
 def test_feedback_rows_are_proved_too(recipe_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "new.jsonl"
     broken.write_text('{"messages": []}\n', encoding="utf-8")

@@ -51,6 +51,28 @@ def test_training_publishes_an_adapter_that_learned(recipe_file: Path, tmp_path:
     assert losses[-1] < losses[0]
 
 
+def test_what_a_model_says_itself_is_learned_and_gone_on_with(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    objective = (
+        "objective={type: grpo, group_size: 3, max_new_tokens: 6, num_iterations: 4, "
+        "rewards: [{metric: {type: length, max_chars: 8}}, {metric: exact_match}]}"
+    )
+    space = load_recipe(recipe_file, [objective])
+    stop_after(space, tmp_path / "broken", 3)
+    files = []
+    for name in ("broken", "whole"):
+        result = train(space, home=tmp_path / name)
+        stored = Store(tmp_path / name).open(result.artifact)
+        files.append((stored.path / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    reports = read_reports(Path(result.folder))
+    assert [report["steps"] for report in reports] == [2, 4, 6]
+    assert reports[0]["objective/reward_length"] > 0
+    assert "objective/reward" not in reports[1]  # the answers were sampled before
+    assert reports[2]["objective/rollout_fraction"] > 0
+
+
 def test_a_finished_training_is_returned_as_it_is(recipe_file: Path, tmp_path: Path) -> None:
     first = train(load_recipe(recipe_file), home=tmp_path / "home")
     assert train(load_recipe(recipe_file), home=tmp_path / "home") == first
