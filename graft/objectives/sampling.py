@@ -35,7 +35,7 @@ class SamplingObjective(Objective):
     """Base of the objectives with rollouts."""
 
     rewards: Listed[Reward] = Field(
-        examples=[[{"metric": {"type": "length", "max_chars": 20}}]],
+        examples=[[{"metric": {"type": "length", "max_chars": 100}}]],
     )
     """What answers earn: metrics of answers with weights, summed."""
     group_size: int = Field(1, ge=1)

@@ -134,27 +134,30 @@ def test_prompts_and_answers_change_every_num_iterations_steps() -> None:
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5]
 
 
-def test_slots_that_sample_together_end_as_alone() -> None:
-    packed = joined("a", "b")
+@pytest.mark.parametrize("type", ["grpo", "ppo"])
+def test_slots_that_sample_together_end_as_alone(type: str) -> None:
+    packed = joined("a", "b", type=type)
     packed.join("s", trial({"type": "sft"}, steps=6), make_rows(8, lengths=(5, 20)))
     finish(packed)
     for name in "ab":
-        alone = joined(name)
+        alone = joined(name, type=type)
         first = finish(alone)[name][0]
         found, expected = packed.state(name).tensors, alone.state(name).tensors
         assert largest_difference(found, expected) <= 1e-9
         assert first.figures["reward_std"] > 0
 
 
-def test_a_run_resumed_amid_its_answers_ends_the_same(tmp_path: Path) -> None:
-    whole = joined("a", num_iterations=4)
+@pytest.mark.parametrize("type", ["grpo", "ppo"])
+def test_a_run_resumed_amid_its_answers_ends_the_same(type: str, tmp_path: Path) -> None:
+    settings = {"type": type, "num_iterations": 4}
+    whole = joined("a", **settings)
     finish(whole)
-    first = joined("a", num_iterations=4)
+    first = joined("a", **settings)
     for _ in range(2):
         first.step()
     state, _ = load_checkpoint(save_checkpoint(tmp_path, first.state("a"), {}))
     second = Trainer(MultiAdapterModel(exact_model()), template=TEMPLATE)
-    second.join("a", recipe(seed=ord("a"), num_iterations=4), ROWS, state=state)
+    second.join("a", recipe(seed=ord("a"), **settings), ROWS, state=state)
     assert sampled(second, "a") == sampled(first, "a")
     finish(second)
     assert largest_difference(second.state("a").tensors, whole.state("a").tensors) <= 1e-10
@@ -169,8 +172,9 @@ class InStep(OneOfTwo):
 
 
 @pytest.mark.parametrize("backend", [OneOfTwo, InStep])
-def test_two_workers_sample_and_train_as_one(backend: type[OneOfTwo]) -> None:
-    settings = {"seed": 5, "steps": 3, "num_iterations": 2}
+@pytest.mark.parametrize("type", ["grpo", "ppo"])
+def test_two_workers_sample_and_train_as_one(type: str, backend: Any) -> None:
+    settings: dict[str, Any] = {"type": type, "seed": 5, "steps": 3, "num_iterations": 2}
     barrier, board = threading.Barrier(2), dict[int, Any]()
     workers = [
         Trainer(MultiAdapterModel(exact_model()), backend(rank, barrier, board), TEMPLATE)

@@ -9,6 +9,7 @@ from graft.cli.main import build_app
 from graft.compressors.folder import load_adapter
 from graft.core.errors import AdapterError, ConfigError, DataError
 from graft.engine.run_folder import read_reports
+from graft.methods.base import HEAD
 from graft.pipelines.train import TrainedAdapter, plan_train, train
 from graft.recipe import RecipeSpace, load_recipe
 
@@ -51,11 +52,12 @@ def test_training_publishes_an_adapter_that_learned(recipe_file: Path, tmp_path:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_what_a_model_says_itself_is_learned_and_gone_on_with(
-    recipe_file: Path, tmp_path: Path
+    kind: str, recipe_file: Path, tmp_path: Path
 ) -> None:
     objective = (
-        "objective={type: grpo, group_size: 3, max_new_tokens: 6, num_iterations: 4, "
+        f"objective={{type: {kind}, group_size: 3, max_new_tokens: 6, num_iterations: 4, "
         "rewards: [{metric: {type: length, max_chars: 8}}, {metric: exact_match}]}"
     )
     space = load_recipe(recipe_file, [objective])
@@ -65,6 +67,8 @@ def test_what_a_model_says_itself_is_learned_and_gone_on_with(
         result = train(space, home=tmp_path / name)
         stored = Store(tmp_path / name).open(result.artifact)
         files.append((stored.path / "adapter_model.safetensors").read_bytes())
+        assert stored.record.purpose == "answers"
+        assert HEAD not in load_adapter(stored.path).tensors  # values are of training alone
     assert files[0] == files[1]
     reports = read_reports(Path(result.folder))
     assert [report["steps"] for report in reports] == [2, 4, 6]
