@@ -20,6 +20,7 @@ from graft.engine.answer_scores import score_outcomes
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.logprobs import supervised_logprobs
+from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.methods.routing import Observed
 from graft.metrics.base import Metric, RowOutcome
 
@@ -69,6 +70,7 @@ def evaluate(
     confidence: float = 0.95,
     rows: int | None = None,
     scores_answers: bool = False,
+    judges: RewardModels | None = None,
     progress: Progress = QUIET,
 ) -> EvalReport:
     """Measures metrics on the held-out rows.
@@ -84,6 +86,7 @@ def evaluate(
         confidence: Of the intervals.
         rows: Only the first so many held-out rows; None is all.
         scores_answers: The slot is a reward model: loss and preference are of its scores.
+        judges: Reward models that metrics ask.
         progress: Told of every row.
 
     Raises:
@@ -115,10 +118,7 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
         )
-        outcomes["generation"] = [
-            RowOutcome(prompt.reference, answer, loss_sum=None, num_tokens=None, part=prompt.part)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        outcomes["generation"] = answer_outcomes(metrics, prompts, answers, judges)
     values, scores = {}, {}
     for metric in metrics:
         for part, of_rows in _by_part(outcomes[metric.needs]).items():

@@ -23,6 +23,7 @@ from graft.recipe.sections import Recipe, TrainSection
 
 if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
+    from graft.engine.reward_models import RewardModels
 
 
 @dataclass
@@ -55,15 +56,20 @@ class Preparation:
         model: Holds the slots.
         backend: Of the training.
         template: Of the base; needed where an objective samples.
+        judges: Reward models that objectives ask.
     """
 
     def __init__(
-        self, model: MultiAdapterModel, backend: Backend, template: ChatTemplate | None
+        self,
+        model: MultiAdapterModel,
+        backend: Backend,
+        template: ChatTemplate | None,
+        judges: RewardModels | None,
     ) -> None:
         self._model = model
         self._backend = backend
         self._references = References(model, backend)
-        self._rollouts = Rollouts(model, backend, self._references, template)
+        self._rollouts = Rollouts(model, backend, self._references, template, judges)
         self._learners: dict[str, _Learner] = {}
 
     def join(
@@ -85,7 +91,7 @@ class Preparation:
         objective = objective_of(recipe)
         learner = _Learner(objective, draw_of(recipe, rows), recipe.train, rows)
         if isinstance(objective, SamplingObjective):
-            self._rollouts.require_room(objective, recipe.method, rows)
+            self._rollouts.join(objective, recipe.method, rows)
         if "reference" in objective.needs:
             self._references.join(name, recipe.method, start)
         self._learners[name] = learner

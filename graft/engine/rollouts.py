@@ -21,8 +21,8 @@ from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answers import SampledAnswer, sample_answers
 from graft.engine.generate import GenerationRequest
 from graft.engine.kv_cache import require_full_attention
+from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.engine.scoring import RowScores, outputs_of, read_rows
-from graft.metrics.base import RowOutcome
 from graft.metrics.rewards import RewardScores, score_rewards
 from graft.objectives.base import REFERENCE
 
@@ -65,6 +65,7 @@ class Rollouts:
         backend: Of the training.
         references: Of the slots.
         template: Of the base; None where no objective samples.
+        judges: Reward models that objectives ask.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Rollouts:
         backend: Backend,
         references: References,
         template: ChatTemplate | None,
+        judges: RewardModels | None,
     ) -> None:
         self._model = model
         self._backend = backend
         self._references = references
         self._known_template = template
+        self._judges = judges
         self.seconds = 0.0
         """What the last call of `sample` took."""
 
@@ -90,10 +93,8 @@ class Rollouts:
             )
         return self._known_template
 
-    def require_room(
-        self, objective: SamplingObjective, method: Method, rows: Sequence[TokenRow]
-    ) -> None:
-        """Refuses rows whose longest answer would not fit behind their prompt.
+    def join(self, objective: SamplingObjective, method: Method, rows: Sequence[TokenRow]) -> None:
+        """Sees to it that a slot can sample; called before it is on the base.
 
         Raises:
             DataError: Prompt and answer are longer than the model's context; the row is named.
@@ -118,6 +119,8 @@ class Rollouts:
                     f"have {num_new} (objective.max_new_tokens), and the model's context is "
                     f"{min(limits)}; shorten or remove the row, or lower max_new_tokens"
                 )
+        if self._judges is not None:
+            self._judges.seat(reward.metric for reward in objective.rewards)
 
     def sample(self, asked: Mapping[str, Prompts]) -> dict[str, Rollout]:
         """Has every slot answer its prompts; every worker calls it alike.
@@ -165,7 +168,7 @@ class Rollouts:
 
     def _rollout(self, name: str, prompts: Prompts, groups: list[list[SampledAnswer]]) -> Rollout:
         objective, max_tokens = prompts.objective, prompts.settings.micro_batch_tokens
-        earned = _earned(objective, prompts.rows, groups)
+        earned = self._earned(objective, prompts.rows, groups)
         rows = [_joined(row, group) for row, group in zip(prompts.rows, groups, strict=True)]
         temperature = objective.temperature
         reference = self._references.scores(
@@ -187,22 +190,26 @@ class Rollouts:
         rows = carrying_rows(rows, {REFERENCE: outputs.reference_P, **carried})
         return Rollout(rows, _figures(earned, groups))
 
+    def _earned(
+        self,
+        objective: SamplingObjective,
+        rows: Sequence[TokenRow],
+        groups: list[list[SampledAnswer]],
+    ) -> RewardScores:
+        said = [
+            (_asked(row), answer.text)
+            for row, group in zip(rows, groups, strict=True)
+            for answer in group
+        ]
+        asked, texts = [prompt for prompt, _ in said], [text for _, text in said]
+        metrics = [reward.metric for reward in objective.rewards]
+        outcomes = answer_outcomes(metrics, asked, texts, self._judges)
+        return score_rewards(objective.rewards, outcomes, [prompt.source for prompt in asked])
+
 
 def _asked(row: TokenRow) -> EvalPrompt:
     assert row.asked is not None  # rows of a sampling objective ask something
     return row.asked
-
-
-def _earned(
-    objective: SamplingObjective, rows: Sequence[TokenRow], groups: list[list[SampledAnswer]]
-) -> RewardScores:
-    outcomes = [
-        RowOutcome(_asked(row).reference, answer.text, loss_sum=None, num_tokens=None)
-        for row, group in zip(rows, groups, strict=True)
-        for answer in group
-    ]
-    sources = [row.source for row, group in zip(rows, groups, strict=True) for _ in group]
-    return score_rewards(objective.rewards, outcomes, sources)
 
 
 def _joined(row: TokenRow, group: list[SampledAnswer]) -> TokenRow:

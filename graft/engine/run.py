@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
     from graft.engine.backends.base import Backend
     from graft.engine.evaluate import EvalReport
+    from graft.engine.reward_models import RewardModels
     from graft.metrics.base import Metric
     from graft.models import ReadyModel
     from graft.recipe.sections import Recipe
@@ -64,6 +65,8 @@ class LoadedRun:
     model: MultiAdapterModel
     template: ChatTemplate
     prepared: PreparedData
+    judges: RewardModels | None = None
+    """Reward models that the recipe names."""
 
 
 def load_run(recipe: Recipe, home: Path) -> LoadedRun:
@@ -74,6 +77,7 @@ def load_run(recipe: Recipe, home: Path) -> LoadedRun:
     """
     from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
+    from graft.engine.reward_models import RewardModels
     from graft.models import load_model, load_tokenizer, require_device, resolve_model
 
     require_device(recipe.model)
@@ -83,7 +87,9 @@ def load_run(recipe: Recipe, home: Path) -> LoadedRun:
     model = MultiAdapterModel(load_model(ready, recipe.model))
     if recipe.scale.gradient_checkpointing:
         recompute_layers(model.base)
-    return LoadedRun(recipe, ready, model, template, prepared)
+    judges = RewardModels(model, ready, template, home)
+    judges.load(recipe)
+    return LoadedRun(recipe, ready, model, template, prepared, judges)
 
 
 def train_run(
@@ -116,7 +122,7 @@ def train_run(
         ConfigError: The folder belongs to a different run.
         AdapterError: `train.init_from` does not fit.
     """
-    trainer = Trainer(run.model, backend, run.template)
+    trainer = Trainer(run.model, backend, run.template, run.judges)
     is_writer = trainer.backend.world_rank == 0
     facts = run_facts(run)
     past = read_progress(folder, facts)
@@ -248,6 +254,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
     if run.recipe.train.stop_at_loss is not None:
         free -= {"report_every"}  # it is at reports that the run may stop
     train = {k: v for k, v in recipe["train"].items() if k not in free}
+    judges = run.judges.facts(run.recipe) if run.judges is not None else {}
     return {
         "base": run.ready.digest,
         "data": run.prepared.proof.digest,
@@ -258,6 +265,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
         **{f"method.{k}": v for k, v in recipe["method"].items()},
         **{f"objective.{k}": v for k, v in recipe["objective"].items()},
         **{f"train.{k}": v for k, v in train.items()},
+        **{f"reward model {k}": v for k, v in judges.items()},
     }
 
 
@@ -307,6 +315,7 @@ def evaluate_run(
         confidence=section.confidence,
         rows=rows,
         scores_answers=run.recipe.objective.scores_answers,
+        judges=run.judges,
         progress=progress,
     )
 

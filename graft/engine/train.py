@@ -35,6 +35,7 @@ from graft.recipe.sections import Recipe, TrainSection
 
 if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
+    from graft.engine.reward_models import RewardModels
 
 
 class StepReport(StrictModel):
@@ -93,6 +94,7 @@ class Trainer:
         model: The base.
         backend: None steps with plain torch.
         template: Of the base; needed where an objective samples answers.
+        judges: Reward models that objectives ask.
     """
 
     def __init__(
@@ -100,11 +102,12 @@ class Trainer:
         model: MultiAdapterModel,
         backend: Backend | None = None,
         template: ChatTemplate | None = None,
+        judges: RewardModels | None = None,
     ) -> None:
         self.model = model
         self.backend: Backend = backend or TorchBackend()
         self._jobs: dict[str, _Job] = {}
-        self._preparation = Preparation(model, self.backend, template)
+        self._preparation = Preparation(model, self.backend, template, judges)
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 from graft.core.model import Variant
@@ -24,6 +25,8 @@ class RowOutcome(NamedTuple):
     """Mean log-probability a token of the chosen answer, less that of the rejected one."""
     part: str = ""
     """Source of a mixture that it is from; empty where there is one source alone."""
+    model_scores: Mapping[str, float] | None = None
+    """What each reward model that was asked says of the answer, by its `source`."""
 
 
 class Metric(Variant):

@@ -144,7 +144,7 @@ def _joined(run: LoadedRun) -> Trainer:
     from graft.engine.run import SLOT
     from graft.engine.train import Trainer
 
-    trainer = Trainer(run.model, template=run.template)
+    trainer = Trainer(run.model, template=run.template, judges=run.judges)
     trainer.join(SLOT, run.recipe, run.prepared.train)
     return trainer
 

@@ -38,6 +38,7 @@ from graft.runtime.trials import fail_trial
 
 if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
+    from graft.engine.reward_models import RewardModels
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Pack:
         home: For `train.init_from`.
         slots: Trials in training at once; others wait for a seat.
         template: Of the base; needed where an objective samples answers.
+        judges: Reward models that objectives ask.
         lease_s: A trial that has not asked for this long has lost its runner and is removed.
     """
 
@@ -91,9 +93,10 @@ class Pack:
         *,
         slots: int,
         template: ChatTemplate | None = None,
+        judges: RewardModels | None = None,
         lease_s: float = 180.0,
     ) -> None:
-        self._trainer = Trainer(model, template=template)
+        self._trainer = Trainer(model, template=template, judges=judges)
         self._run_of = run_of
         self._home = home
         self._num_slots = slots

@@ -42,6 +42,7 @@ class PackActor:
             self._home,
             slots=slots,
             template=self._base.template,
+            judges=self._base.judges,
         )
 
     def join(self, number: int, folder: str) -> None:
@@ -68,6 +69,8 @@ class PackActor:
 
                 prepared = prepare_parts(recipe.parts, self._base.template)
                 self._prepared[recipe.objective] = prepared
+            if self._base.judges is not None:
+                self._base.judges.load(recipe)
         return replace(self._base, recipe=recipe, prepared=prepared)
 
 

@@ -361,6 +361,7 @@ def _outcomes(*, is_good: bool) -> list[RowOutcome]:
             loss_sum=(0.1 if is_good else 9.0) * (number + 1),
             num_tokens=4 + number,
             preference_margin=(0.1 if is_good else -0.1) * (number + 1),
+            model_scores={"judge": (0.1 if is_good else -0.1) * (number + 1)},
         )
         for number in range(6)
     ]
