@@ -133,19 +133,20 @@ def measure_base(space: Any, home: Path, progress: Any) -> dict[str, Any]:
 
 
 def wait_for(monitor: Any, progress: Any, label: str, done: Any, limit_s: float) -> Any:
-    """Follows the monitor's state until `done`, telling each change."""
+    """Follows the monitor's state until `done`, telling each change; none may take longer."""
     import ray
 
-    shown, deadline = "", time.monotonic() + limit_s
-    while time.monotonic() < deadline:
+    shown, deadline = "", 0.0
+    while True:
         status = ray.get(monitor.status.remote())
         if status.state != shown:
             progress.note(f"{label}: {status.state}")
-            shown = status.state
+            shown, deadline = status.state, time.monotonic() + limit_s
         if done(status):
             return status
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{label}: still {shown} after {limit_s:.0f} s")
         time.sleep(0.5)
-    raise SystemExit(f"{label}: still {shown} after {limit_s:.0f} s")
 
 
 def until_alarm(tenant: Tenant, rows: list[dict[str, Any]], monitor: Any, progress: Any) -> int:
@@ -160,7 +161,7 @@ def until_alarm(tenant: Tenant, rows: list[dict[str, Any]], monitor: Any, progre
         sent += len(part)
         if ray.get(monitor.status.remote()).num_alarms:
             break
-    wait_for(monitor, progress, "monitor", lambda status: status.num_alarms > 0, 30)
+    wait_for(monitor, progress, "monitor", lambda status: status.num_alarms > 0, 300)
     return sent
 
 
@@ -254,7 +255,7 @@ def serve_and_renew(
             figures["prompts_to_alarm"] = until_alarm(alice, new, monitor, progress)
         with stages.stage("renew"):
             ended = wait_for(
-                monitor, progress, "renewal", lambda s: s.state in ("PROMOTED", "REJECTED"), 1200
+                monitor, progress, "renewal", lambda s: s.state in ("PROMOTED", "REJECTED"), 3600
             )
             figures["renewal"] = {"state": ended.state, **(ended.evidence or {})}
             alice.answered_by = {}
