@@ -121,7 +121,7 @@ def test_the_check_shows_the_counts_of_each_source(recipe_file: Path, tmp_path: 
     assert report.data.parts["rooms"].train.num_examples == 50
     assert report.data.parts["rooms"].train.num_rows < 50
     command = ["check", str(recipe_file), "--home", str(tmp_path / "home")]
-    shown = CliRunner().invoke(build_app(), command)
+    shown = CliRunner().invoke(build_app(), command, env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
     assert all(name in shown.stdout for name in ("rooms train", "taste held out"))
 
