@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from graft.core.errors import TrainingError
 from graft.engine.generate import GenerationRequest, GenerationResult, Generator
 from graft.engine.text_stream import TextStream
 
@@ -31,6 +30,8 @@ class SampledAnswer(NamedTuple):
     text: str
     is_truncated: bool
     """It was cut at its longest, and has no end."""
+    is_broken: bool
+    """The slot's logits were not finite."""
 
 
 def sample_answers(
@@ -38,7 +39,6 @@ def sample_answers(
     tokenizer: PreTrainedTokenizerBase,
     backend: Backend,
     requests: Sequence[GenerationRequest],
-    sources: Sequence[str],
 ) -> list[SampledAnswer]:
     """Answers all requests; every worker calls it alike, answers its share, and gets all.
 
@@ -50,10 +50,6 @@ def sample_answers(
         tokenizer: Of the base.
         backend: Of the training.
         requests: Of any slots.
-        sources: Where each one's prompt comes from; for messages.
-
-    Raises:
-        TrainingError: A slot's logits are not finite.
     """
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
     room = max(1, min(_MAX_BATCH, _CACHE_TOKENS // longest))
@@ -70,10 +66,7 @@ def sample_answers(
         for at, result in zip(own, results, strict=True):
             _tell(told[at], result)
     told = backend.all_reduce_sum(told)
-    return [
-        _heard(row, tokenizer, request, source)
-        for row, request, source in zip(told.long().tolist(), requests, sources, strict=True)
-    ]
+    return [_heard(row, tokenizer) for row in told.long().tolist()]
 
 
 def _tell(row: torch.Tensor, result: GenerationResult) -> None:
@@ -83,19 +76,9 @@ def _tell(row: torch.Tensor, result: GenerationResult) -> None:
     row[2 : 2 + len(ids)] = torch.tensor(ids, dtype=torch.float64)
 
 
-def _heard(
-    row: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    request: GenerationRequest,
-    source: str,
-) -> SampledAnswer:
+def _heard(row: list[int], tokenizer: PreTrainedTokenizerBase) -> SampledAnswer:
     kind, count, *ids = row
-    if kind == _BROKEN:
-        raise TrainingError(
-            f"{source}: {request.slot!r} gives logits that are not finite while it answers; its "
-            "weights are broken: a smaller train.lr may help"
-        )
     stream = TextStream(tokenizer)
     said = ids[: count - (kind == _STOPPED)]
     text = "".join(stream.push(token) for token in said) + stream.flush()
-    return SampledAnswer(ids[:count], text, kind == _CUT)
+    return SampledAnswer(ids[:count], text, kind == _CUT, kind == _BROKEN)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from graft.core.errors import GraftError
 from graft.data.records import TokenRow
 from graft.engine.accumulate import SlotStep
 from graft.engine.backends.base import Backend
@@ -112,18 +113,18 @@ class Preparation:
         learner = self._learners[name]
         return saved_rows(learner.sampled) if step % learner.num_iterations() else {}
 
-    def steps(self, steps: Mapping[str, int]) -> dict[str, SlotStep]:
-        """Makes each slot's part of a step; every worker calls it alike.
+    def steps(self, steps: Mapping[str, int]) -> dict[str, SlotStep | GraftError]:
+        """Makes each slot's part of a step, or says why it has none; every worker calls it alike.
 
         Args:
             steps: Slots that take part, with the steps that they have done.
 
-        Raises:
-            TrainingError: A sampled answer, or what it earns, is broken.
-            DataError: A reward refuses a row.
+        Returns:
+            The error of a slot whose sampled answers, or what they earn, are broken: others do not
+            notice.
         """
-        self._roll_out(steps)
-        return {name: self._slot_step(name, step) for name, step in steps.items()}
+        failed = self._roll_out(steps)
+        return {name: failed.get(name) or self._slot_step(name, steps[name]) for name in steps}
 
     def told(self, name: str, seconds: float) -> dict[str, float]:
         """What is told of a slot's rollout in the last step, and its share of those seconds."""
@@ -132,7 +133,7 @@ class Preparation:
             return {}
         return {**learner.told, "rollout_fraction": self._rollouts.seconds / seconds}
 
-    def _roll_out(self, steps: Mapping[str, int]) -> None:
+    def _roll_out(self, steps: Mapping[str, int]) -> dict[str, GraftError]:
         """Has answers sampled for all slots that are through with their last ones."""
         asked = {}
         for name, step in steps.items():
@@ -141,9 +142,14 @@ class Preparation:
             objective = learner.objective
             if isinstance(objective, SamplingObjective) and step % objective.num_iterations == 0:
                 asked[name] = Prompts(objective, learner.drawn(step), learner.settings, step)
+        failed = {}
         for name, rollout in self._rollouts.sample(asked).items():
+            if isinstance(rollout, GraftError):
+                failed[name] = rollout
+                continue
             learner = self._learners[name]
             learner.sampled, learner.told = rollout.rows, rollout.figures
+        return failed
 
     def _slot_step(self, name: str, step: int) -> SlotStep:
         learner = self._learners[name]

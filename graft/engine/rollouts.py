@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graft.core.errors import DataError, TrainingError
+from graft.core.errors import DataError, GraftError, TrainingError
 from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answers import SampledAnswer, sample_answers
@@ -122,30 +122,34 @@ class Rollouts:
         if self._judges is not None:
             self._judges.seat(reward.metric for reward in objective.rewards)
 
-    def sample(self, asked: Mapping[str, Prompts]) -> dict[str, Rollout]:
+    def sample(self, asked: Mapping[str, Prompts]) -> dict[str, Rollout | GraftError]:
         """Has every slot answer its prompts; every worker calls it alike.
 
-        Raises:
-            TrainingError: Logits are not finite, or a reward raises or gives no number.
-            DataError: A reward refuses a row.
+        Returns:
+            Of each slot its rollout, or what is wrong with it: logits that are not finite, a reward
+            that raises, gives no number or refuses a row.
         """
         self.seconds, started = 0.0, time.perf_counter()
         if not asked:
             return {}
         self._model.weights_changed()
-        requests, sources = [], []
-        for name, prompts in asked.items():
-            for position, row in enumerate(prompts.rows):
-                requests += self._requests(name, prompts, position, row)
-                sources += [row.source] * prompts.objective.group_size
+        requests = [
+            request
+            for name, prompts in asked.items()
+            for position, row in enumerate(prompts.rows)
+            for request in self._requests(name, prompts, position, row)
+        ]
         answers = iter(
-            sample_answers(self._model, self._template.tokenizer, self._backend, requests, sources)
+            sample_answers(self._model, self._template.tokenizer, self._backend, requests)
         )
-        found = {}
+        found: dict[str, Rollout | GraftError] = {}
         for name, prompts in asked.items():
             size = prompts.objective.group_size
             groups = [[next(answers) for _ in range(size)] for _ in prompts.rows]
-            found[name] = self._rollout(name, prompts, groups)
+            try:
+                found[name] = self._rollout(name, prompts, groups)
+            except GraftError as error:  # its neighbours go on
+                found[name] = error
         self.seconds = time.perf_counter() - started
         return found
 
@@ -168,6 +172,7 @@ class Rollouts:
 
     def _rollout(self, name: str, prompts: Prompts, groups: list[list[SampledAnswer]]) -> Rollout:
         objective, max_tokens = prompts.objective, prompts.settings.micro_batch_tokens
+        _require_whole(name, prompts.rows, groups)
         earned = self._earned(objective, prompts.rows, groups)
         rows = [_joined(row, group) for row, group in zip(prompts.rows, groups, strict=True)]
         temperature = objective.temperature
@@ -210,6 +215,15 @@ class Rollouts:
 def _asked(row: TokenRow) -> EvalPrompt:
     assert row.asked is not None  # rows of a sampling objective ask something
     return row.asked
+
+
+def _require_whole(name: str, rows: Sequence[TokenRow], groups: list[list[SampledAnswer]]) -> None:
+    for row, group in zip(rows, groups, strict=True):
+        if any(answer.is_broken for answer in group):
+            raise TrainingError(
+                f"{row.source}: {name!r} gives logits that are not finite while it answers; its "
+                "weights are broken: a smaller train.lr may help"
+            )
 
 
 def _joined(row: TokenRow, group: list[SampledAnswer]) -> TokenRow:

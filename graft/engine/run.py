@@ -194,9 +194,11 @@ def require_finite(step: StepReport, recipe: Recipe) -> None:
     """Ends a run that has come to nothing.
 
     Raises:
-        TrainingError: Loss or gradient is not a finite number, or the objective says that what is
-            learned has collapsed.
+        TrainingError: A sampled answer or its reward is broken, loss or gradient is not a finite
+            number, or the objective says that what is learned has collapsed.
     """
+    if step.failure is not None:
+        raise TrainingError(f"step {step.step}: {step.failure}")
     if not step.is_finite:
         raise TrainingError(
             f"step {step.step}: loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}: not "

@@ -21,7 +21,7 @@ from pydantic import Field
 from graft.core.errors import DataError, GraftError, TrainingError
 from graft.core.model import StrictModel
 from graft.data.records import TokenRow
-from graft.engine.accumulate import accumulate
+from graft.engine.accumulate import SlotStep, accumulate
 from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
 from graft.engine.calibrate import input_moments
@@ -57,6 +57,8 @@ class StepReport(StrictModel):
     """False where loss or gradient is NaN or infinite; the slot was then not stepped."""
     is_finished: bool
     """All steps of the recipe are done."""
+    failure: str | None = None
+    """Why the step was not done at all: an answer that was sampled, or what it earns, is broken."""
     figures: dict[str, float] = Field(default_factory=dict)
     """What the objective tells of itself (`reward_accuracy`), means over the step's rows."""
 
@@ -219,7 +221,15 @@ class Trainer:
             return {}
         for name, job in active.items():
             self._pick_trained(name, job)
-        taken = self._preparation.steps({name: job.step for name, job in active.items()})
+        made = self._preparation.steps({name: job.step for name, job in active.items()})
+        taken = {name: step for name, step in made.items() if isinstance(step, SlotStep)}
+        reports = {
+            name: self._failed(active.pop(name), error)
+            for name, error in made.items()
+            if isinstance(error, GraftError)
+        }
+        if not active:
+            return reports
         sums = accumulate(self.model, self.backend, taken, lambda: self._regularization(active))
         losses = {name: sums[name].loss for name in active}
         lrs = {name: learning_rate(job.settings, job.step) for name, job in active.items()}
@@ -230,7 +240,6 @@ class Trainer:
             self._after_step,
         )
         seconds = time.perf_counter() - started
-        reports = {}
         for name, job in active.items():
             job.step += 1
             norm = norms.get(name, math.nan)
@@ -247,6 +256,21 @@ class Trainer:
                 figures=sums[name].figures | self._preparation.told(name, seconds),
             )
         return reports
+
+    def _failed(self, job: _Job, error: GraftError) -> StepReport:
+        job.step += 1
+        return StepReport(
+            step=job.step,
+            loss=math.nan,
+            lr=learning_rate(job.settings, job.step - 1),
+            grad_norm=math.nan,
+            num_tokens=0,
+            num_supervised_tokens=0,
+            seconds=0.0,
+            is_finite=False,
+            is_finished=job.step >= job.settings.steps,
+            failure=str(error),
+        )
 
     def _pick_trained(self, name: str, job: _Job) -> None:
         """Lets only what the method trains in this step ask for gradients: the rest stays still."""

@@ -236,8 +236,15 @@ def test_a_reward_that_breaks_names_the_row_and_ends_the_step() -> None:
     METRICS.register(BrokenMetric)
     try:
         trainer = joined("a", rewards=[{"metric": "broken"}])
-        with pytest.raises(TrainingError, match=r"reward 'broken' gave nan for the answer .* t:\d"):
-            trainer.step()
+        trainer.join("b", recipe(seed=2), ROWS)
+        before = trainer.state("a").tensors
+        reports = trainer.step()
+        with pytest.raises(
+            TrainingError, match=r"step 1: reward 'broken' gave nan for the answer .* t:\d"
+        ):
+            require_finite(reports["a"], recipe())
+        assert largest_difference(trainer.state("a").tensors, before) == 0
+        assert reports["b"].is_finite  # its neighbour does not notice
     finally:
         del METRICS._classes["broken"]
 
@@ -247,8 +254,9 @@ def test_broken_weights_are_told_by_the_row_that_met_them() -> None:
     with torch.no_grad():
         for parameter in trainer.model.parameters("a").values():
             parameter.fill_(math.nan)
+    report = trainer.step()["a"]
     with pytest.raises(TrainingError, match=r"t:\d: 'a' gives logits that are not finite"):
-        trainer.step()
+        require_finite(report, recipe())
 
 
 def test_an_answer_that_could_be_longer_than_the_context_is_refused_before_training() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from graft.core.errors import TrainingError
+from graft.data.mixture import prepare_parts
 from graft.engine.checkpoint import newest_checkpoint
 from graft.engine.run import LoadedRun, load_run
 from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
@@ -46,13 +47,18 @@ def loaded(
 def packs(loaded: LoadedRun, tmp_path: Path) -> Iterator[Any]:
     opened: list[Pack] = []
 
+    def run_of(recipe: Recipe) -> LoadedRun:
+        prepared = prepare_parts(recipe.parts, loaded.template)
+        return replace(loaded, recipe=recipe, prepared=prepared)
+
     def make(slots: int = 4, lease_s: float = 60.0) -> Pack:
         opened.append(
             Pack(
                 loaded.model,
-                lambda recipe: replace(loaded, recipe=recipe),
+                run_of,
                 tmp_path,
                 slots=slots,
+                template=loaded.template,
                 lease_s=lease_s,
             )
         )
@@ -130,6 +136,54 @@ def test_a_trial_that_breaks_leaves_its_neighbours_results_unchanged(
     assert [r["eval/loss"] for r in reports] == pytest.approx([r["eval/loss"] for r in expected])
     for name, value in weights(trial).items():
         torch.testing.assert_close(value, weights(alone)[name], rtol=1e-5, atol=1e-6)
+
+
+GRPO = {
+    "type": "grpo",
+    "rewards": [{"metric": {"type": "length", "max_chars": 10}}],
+    "group_size": 3,
+    "max_new_tokens": 8,
+    "num_iterations": 4,
+}
+
+
+def sampling(recipe: Recipe, **settings: Any) -> Recipe:
+    content = {**recipe.model_dump(mode="json"), "objective": {**GRPO, **settings}}
+    return Recipe.model_validate_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("type", ["grpo", "ppo"])
+def test_trials_that_sample_end_beside_others_as_alone_and_go_on_from_a_checkpoint(
+    type: str, packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    chosen = sampling(loaded.recipe, type=type)
+    pack = packs()
+    alone = seat(pack, tmp_path / "alone", 0, chosen)
+    expected = follow(pack, 0)
+    pack.leave(0)
+    beside = seat(pack, tmp_path / "beside", 1, chosen)
+    seat(pack, tmp_path / "beside", 2, loaded.recipe)
+    seat(pack, tmp_path / "beside", 3, sampling(loaded.recipe, type=type, beta=0.3))
+    follow(pack, 1, until=2)  # stopped there: its answers are learned for two steps more
+    pack.leave(1)
+    pack.close()
+    later = packs()
+    later.join(1, str(beside))
+    reports = follow(later, 1, after=2)
+    for report, other in zip(reports, expected[1:], strict=True):
+        assert report["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-5)
+        assert report.get("objective/reward") == other.get("objective/reward")
+    for name, value in weights(beside).items():
+        torch.testing.assert_close(value, weights(alone)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_trial_that_collapses_fails_alone(packs: Any, loaded: LoadedRun, tmp_path: Path) -> None:
+    pack = packs()
+    seat(pack, tmp_path, 0, sampling(loaded.recipe, max_answer_tokens=1.0))
+    seat(pack, tmp_path, 1, sampling(loaded.recipe))
+    with pytest.raises(TrainingError, match=r"step 1: answers of .* above max_answer_tokens 1"):
+        follow(pack, 0)
+    assert [report["steps"] for report in follow(pack, 1)] == [2, 4, 6]
 
 
 def test_a_trial_goes_on_from_its_checkpoint_in_another_pack(
