@@ -231,6 +231,8 @@ class RecipeSpace:
 
     def _read_points(self, tree: Tree) -> list[dict[str, Any]]:
         points: list[dict[str, Any]] = []
+        if self.is_complete:  # one of the recipes of a search: its points are history
+            return points
         problems: list[Problem] = []
         for index, point in enumerate(self._example.search.points):
             path = ("search", "points", index)

@@ -73,6 +73,11 @@ search: {points: [{method/r: 8, train/lr: 1.0e-3}, {method.r: 16, train.lr: 2.0e
     assert len(load(text, "search.trials=3").example().search.points) == 2
 
 
+def test_the_recipe_of_one_trial_keeps_its_searchs_points_and_loads(load: Load) -> None:
+    text = "train: {lr: 1.0e-3}\nsearch: {points: [{train/lr: 1.0e-3}, {train/lr: 2.0e-3}]}\n"
+    assert load(text).recipe().train.lr == 1e-3
+
+
 def test_files_are_found_from_the_recipe_and_overrides_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
