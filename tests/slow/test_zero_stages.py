@@ -11,7 +11,7 @@ from graft.engine.checkpoint import newest_checkpoint
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.train import Trainer
 from graft.testing import tiny_model
-from tests.slow.zero_worker import LORA, SFT, STEPS, run
+from tests.slow.zero_worker import LORA, SFT, STEPS, TEMPLATE, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -45,7 +45,7 @@ def deepspeed_run(
 
 
 def torch_run(folder: Path, until: int = STEPS, objective: dict[str, Any] = SFT) -> None:
-    trainer = Trainer(MultiAdapterModel(tiny_model()))
+    trainer = Trainer(MultiAdapterModel(tiny_model()), template=TEMPLATE)
     run(trainer, folder, until, is_writer=True, objective=objective)
 
 
@@ -56,7 +56,7 @@ def losses_and_weights(folder: Path) -> tuple[list[list[float]], dict[str, torch
     return json.loads((folder / "losses.json").read_text()), weights
 
 
-def assert_same_training(folder: Path, alone: Path) -> None:
+def assert_same_training(folder: Path, alone: Path, tolerance: float = 2e-5) -> None:
     losses, weights = losses_and_weights(folder)
     expected_losses, expected_weights = losses_and_weights(alone)
     assert [row[0] for row in losses] == list(range(1, STEPS + 1))
@@ -66,7 +66,7 @@ def assert_same_training(folder: Path, alone: Path) -> None:
         assert given[2] == pytest.approx(expected[2], rel=1e-3)
     assert weights.keys() == expected_weights.keys()
     for key, value in expected_weights.items():
-        torch.testing.assert_close(weights[key], value, atol=2e-5, rtol=0)
+        torch.testing.assert_close(weights[key], value, atol=tolerance, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +142,28 @@ def test_other_layerwise_methods_train_on_two_workers_as_in_one_process(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "reward"])
 def test_preferences_are_learned_by_two_workers_as_by_one(
     kind: str, stage: int, tmp_path: Path
 ) -> None:
     objective = {"type": kind}
+    torch_run(tmp_path / "alone", objective=objective)
+    deepspeed_run(tmp_path / "two", workers=2, stage=stage, objective=objective)
+    # A head of nearly 0 leaves gradients of rounding size, which Adam makes as large as others.
+    tolerance = 2e-4 if kind == "reward" else 2e-5
+    assert_same_training(tmp_path / "two", tmp_path / "alone", tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_two_workers_sample_and_learn_what_one_does(kind: str, stage: int, tmp_path: Path) -> None:
+    objective = {
+        "type": kind,
+        "rewards": [{"metric": {"type": "length", "max_chars": 8}}],
+        "group_size": 3,
+        "max_new_tokens": 8,
+        "num_iterations": 3,
+    }
     torch_run(tmp_path / "alone", objective=objective)
     deepspeed_run(tmp_path / "two", workers=2, stage=stage, objective=objective)
     assert_same_training(tmp_path / "two", tmp_path / "alone")

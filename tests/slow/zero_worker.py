@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 
-from graft.data.records import TokenRow
+from graft.data.records import Example, Message, TokenRow
+from graft.data.template import ChatTemplate
 from graft.engine.backends.deepspeed import DeepSpeedBackend
 from graft.engine.checkpoint import newest_checkpoint, save_checkpoint
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.train import Trainer
+from graft.objectives._scored import scored_row
+from graft.objectives.base import Objective
 from graft.recipe.sections import OffloadSection, Recipe, ScaleSection, TrainSection
-from graft.testing import tiny_model
+from graft.testing import tiny_model, tiny_tokenizer
+from graft.testing.tiny import tiny_rows
 
 STEPS = 8
 
@@ -49,6 +53,26 @@ def preference_rows(kind: str, num_rows: int = 40) -> list[TokenRow]:
     return rows
 
 
+def asking_rows(objective: Objective) -> list[TokenRow]:
+    """Rows of the tiny task, as an objective that samples takes them."""
+    rows = []
+    for index, row in enumerate(tiny_rows(20)):
+        messages = tuple(Message(**message) for message in row["messages"])
+        rows += objective.rows(Example(source=f"row {index}", messages=messages), TEMPLATE)
+    return rows
+
+
+def rows_for(objective: Objective) -> list[TokenRow]:
+    """Rows that an objective learns from."""
+    if objective.type == "sft":
+        return tiny_token_rows()
+    if "rollouts" in objective.needs:
+        return asking_rows(objective)
+    rows = preference_rows(objective.type)
+    return [scored_row(row) for row in rows] if objective.scores_answers else rows
+
+
+TEMPLATE = ChatTemplate(tiny_tokenizer())
 SFT = {"type": "sft"}
 LORA = {"type": "lora", "r": 4, "lora_dropout": 0.1}
 
@@ -86,8 +110,8 @@ def run(
     """Trains from the newest checkpoint in the folder up to step `until`."""
     found = newest_checkpoint(folder / "checkpoints")
     state = found[0] if found else None
-    rows = tiny_token_rows() if objective == SFT else preference_rows(objective["type"])
-    trainer.join("slot", zero_recipe(method, objective=objective), rows, state=state)
+    recipe = zero_recipe(method, objective=objective)
+    trainer.join("slot", recipe, rows_for(recipe.objective), state=state)
     losses = []
     for _ in range(until - (state.step if state else 0)):
         report = trainer.step()["slot"]
@@ -117,7 +141,7 @@ def main() -> None:
     )
     torch.distributed.init_process_group("gloo")
     backend = DeepSpeedBackend(model, ScaleSection(zero_stage=arguments.stage, offload=offload))
-    trainer = Trainer(model, backend)
+    trainer = Trainer(model, backend, TEMPLATE)
     run(
         trainer,
         arguments.folder,
