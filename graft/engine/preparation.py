@@ -18,7 +18,7 @@ from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.reference import References
 from graft.engine.rollouts import Prompts, Rollouts, restored_rows, saved_rows
 from graft.engine.scoring import outputs_of, score_rows
-from graft.objectives.base import REFERENCE
+from graft.objectives.base import DETAILS, REFERENCE
 from graft.objectives.sampling import SamplingObjective
 from graft.recipe.sections import Recipe, TrainSection
 
@@ -131,7 +131,7 @@ class Preparation:
         learner = self._learners[name]
         if not isinstance(learner.objective, SamplingObjective):
             return {}
-        return {**learner.told, "rollout_fraction": self._rollouts.seconds / seconds}
+        return {**learner.told, f"{DETAILS}seconds_fraction": self._rollouts.seconds / seconds}
 
     def _roll_out(self, steps: Mapping[str, int]) -> dict[str, GraftError]:
         """Has answers sampled for all slots that are through with their last ones."""

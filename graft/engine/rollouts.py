@@ -24,7 +24,7 @@ from graft.engine.kv_cache import require_full_attention
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.engine.scoring import RowScores, outputs_of, read_rows
 from graft.metrics.rewards import RewardScores, score_rewards
-from graft.objectives.base import REFERENCE
+from graft.objectives.base import DETAILS, REFERENCE
 
 if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
@@ -54,7 +54,8 @@ class Rollout:
     rows: list[TokenRow]
     """One a prompt, the answers as branches, with all that the objective's loss reads."""
     figures: dict[str, float]
-    """Rewards, lengths, and the share of answers that were cut."""
+    """Mean reward and length; under `rollout/` each metric's mean and deviation, and the share of
+    answers that were cut."""
 
 
 class Rollouts:
@@ -250,16 +251,13 @@ def carrying_rows(
 
 def _figures(earned: RewardScores, groups: list[list[SampledAnswer]]) -> dict[str, float]:
     answers = [answer for group in groups for answer in group]
-    of_rewards = {"reward": earned.totals}
-    of_rewards |= {f"reward_{name}": scores for name, scores in earned.by_reward.items()}
-    figures = {}
-    for name, scores in of_rewards.items():
-        told = torch.tensor(scores, dtype=torch.float64)
-        figures[name] = float(told.mean())
-        figures[f"{name}_std"] = float(told.std()) if len(scores) > 1 else 0.0
     lengths = [len(answer.token_ids) for answer in answers]
-    figures["answer_tokens"] = sum(lengths) / len(lengths)
-    figures["truncated_fraction"] = sum(a.is_truncated for a in answers) / len(answers)
+    figures = {"answer_tokens": sum(lengths) / len(lengths)}
+    for name, scores in {"reward": earned.totals, **earned.by_reward}.items():
+        told = torch.tensor(scores, dtype=torch.float64)
+        figures[name if name == "reward" else DETAILS + name] = float(told.mean())
+        figures[f"{DETAILS}{name}_std"] = float(told.std()) if len(scores) > 1 else 0.0
+    figures[f"{DETAILS}truncated_fraction"] = sum(a.is_truncated for a in answers) / len(answers)
     return figures
 
 

@@ -27,6 +27,7 @@ from graft.engine.run_folder import (
 )
 from graft.engine.train import StepReport, Trainer
 from graft.methods.base import HEAD, split_head
+from graft.objectives.base import DETAILS
 from graft.recipe.mixture import mixture_facts
 
 if TYPE_CHECKING:
@@ -186,7 +187,10 @@ def report_on(window: list[StepReport], seconds: float) -> Report:
         "train/lr": last.lr,
         "train/grad_norm": last.grad_norm,
         "train/tokens_per_s": sum(step.num_tokens for step in window) / max(elapsed, 1e-9),
-        **{FIGURES + name: sum(values) / len(values) for name, values in told.items()},
+        **{
+            name if name.startswith(DETAILS) else FIGURES + name: sum(values) / len(values)
+            for name, values in told.items()
+        },
     }
 
 

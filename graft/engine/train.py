@@ -31,6 +31,7 @@ from graft.engine.schedule import learning_rate
 from graft.methods.base import Method, by_site, split_head
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
+from graft.objectives.base import DETAILS
 from graft.recipe.sections import Recipe, TrainSection
 
 if TYPE_CHECKING:
@@ -60,7 +61,13 @@ class StepReport(StrictModel):
     failure: str | None = None
     """Why the step was not done at all: an answer that was sampled, or what it earns, is broken."""
     figures: dict[str, float] = Field(default_factory=dict)
-    """What the objective tells of itself (`reward_accuracy`), means over the step's rows."""
+    """What the objective tells of itself (`reward_accuracy`), means over the step's rows; of a
+    rollout also `reward` and `answer_tokens`, and details under `rollout/`."""
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The figures without the details of a rollout: for progress lines."""
+        return {k: v for k, v in self.figures.items() if not k.startswith(DETAILS)}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from graft.data.records import Example, TokenRow
     from graft.data.template import ChatTemplate
 
+DETAILS = "rollout/"
+"""What a step tells of its rollout under names that begin so is for reports, not for progress."""
 REFERENCE = "reference_logprobs"
 """Name in `extra` of the log-probabilities under the reference."""
 

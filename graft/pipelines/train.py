@@ -192,7 +192,7 @@ def _train_here(run: LoadedRun, folder: Path, *, home: Path, progress: Progress)
         def on_step(step: StepReport) -> None:
             nonlocal done
             speed = step.num_tokens / max(step.seconds, 1e-9)
-            task.advance(step.step - done, loss=step.loss, **step.figures, **{"tokens/s": speed})
+            task.advance(step.step - done, loss=step.loss, **step.headline, **{"tokens/s": speed})
             done = step.step
 
         train_run(run, folder, home=home, on_step=on_step)

@@ -69,7 +69,7 @@ def trials_table(report: StudyReport) -> str:
 def _metric_columns(report: StudyReport) -> list[str]:
     """The searched metrics first, then what else every trial measured."""
     searched = [o.metric for o in report.objectives]
-    shown = ("eval/", "method/", "objective/", "train/loss")
+    shown = ("eval/", "method/", "objective/", "rollout/", "train/loss")
     others = {m for t in report.trials for m in t.metrics if m.startswith(shown)}
     return searched + sorted(others - set(searched))
 

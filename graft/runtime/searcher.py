@@ -21,7 +21,7 @@ from graft.runtime.scheduler import STEP
 from graft.runtime.study import Study
 from graft.runtime.trials import Asked, Sampled, failure_of, forget_failure
 
-_MEASURED = ("train/", "eval/", "method/", "objective/")
+_MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/")
 
 Executor = Literal["packed", "dedicated"]
 

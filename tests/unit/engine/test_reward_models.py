@@ -148,8 +148,8 @@ def test_training_and_held_out_rows_are_scored_by_it(source: str, place: Path) -
     trainer.join("own", run.recipe, run.prepared.train)
     report = trainer.step()["own"]
     figures = report.figures
-    assert figures["reward_reward_model_std"] > 0
-    assert figures["reward"] == pytest.approx(0.5 * figures["reward_reward_model"])
+    assert figures["rollout/reward_model_std"] > 0
+    assert figures["reward"] == pytest.approx(0.5 * figures["rollout/reward_model"])
     measured = evaluate_run(run, "own", rows=4)
     assert measured.metrics["eval/reward_model"].rows == 4
     assert measured.values["eval/reward_model"] != 0

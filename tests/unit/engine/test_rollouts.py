@@ -128,7 +128,7 @@ def test_prompts_and_answers_change_every_num_iterations_steps() -> None:
         report = trainer.step()["a"]
         seen.append([row.input_ids for row in sampled(trainer, "a")])
         assert ("reward" in report.figures) == (report.step in (1, 4))
-        assert (report.figures["rollout_fraction"] > 0) == (report.step in (1, 4))
+        assert (report.figures["rollout/seconds_fraction"] > 0) == (report.step in (1, 4))
         if report.step in (1, 4):
             assert report.figures["clip_fraction"] == 0
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5]
@@ -144,7 +144,7 @@ def test_slots_that_sample_together_end_as_alone(type: str) -> None:
         first = finish(alone)[name][0]
         found, expected = packed.state(name).tensors, alone.state(name).tensors
         assert largest_difference(found, expected) <= 1e-9
-        assert first.figures["reward_std"] > 0
+        assert first.figures["rollout/reward_std"] > 0
 
 
 @pytest.mark.parametrize("type", ["grpo", "ppo"])
@@ -203,7 +203,9 @@ def test_two_workers_sample_and_train_as_one(type: str, backend: Any) -> None:
         assert largest_difference(found, alone.state("a").tensors) <= 1e-9
         for report, other in zip(reports[rank], expected, strict=True):
             own, others = dict(report.figures), dict(other.figures)
-            assert own.pop("rollout_fraction") >= 0 <= others.pop("rollout_fraction")
+            assert (
+                own.pop("rollout/seconds_fraction") >= 0 <= others.pop("rollout/seconds_fraction")
+            )
             assert own == pytest.approx(others, abs=1e-9)
 
 
@@ -217,8 +219,8 @@ def test_the_weighted_reward_rises() -> None:
     rewards_by_step = [report.figures["reward"] for report in reports]
     assert sum(rewards_by_step[-5:]) > sum(rewards_by_step[:5]) + 1.0
     for report in reports:
-        assert report.figures["reward"] == pytest.approx(2 * report.figures["reward_length"])
-        assert 0 <= report.figures["truncated_fraction"] <= 1
+        assert report.figures["reward"] == pytest.approx(2 * report.figures["rollout/length"])
+        assert 0 <= report.figures["rollout/truncated_fraction"] <= 1
         assert 1 <= report.figures["answer_tokens"] <= 8
 
 
@@ -311,3 +313,19 @@ def test_a_report_averages_what_was_told_of_rollouts_over_the_steps_that_had_one
     report = report_on(reports[:4], 1.0)
     expected = (reports[0].figures["reward"] + reports[2].figures["reward"]) / 2
     assert report["objective/reward"] == pytest.approx(expected)
+    assert {name for name in report if name.startswith("rollout/")} == {
+        "rollout/reward_std",
+        "rollout/length",
+        "rollout/length_std",
+        "rollout/exact_match",
+        "rollout/exact_match_std",
+        "rollout/truncated_fraction",
+        "rollout/seconds_fraction",
+    }
+    assert set(reports[0].headline) == {
+        "answer_tokens",
+        "reward",
+        "kl",
+        "entropy",
+        "clip_fraction",
+    }

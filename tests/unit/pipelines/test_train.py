@@ -72,9 +72,9 @@ def test_what_a_model_says_itself_is_learned_and_gone_on_with(
     assert files[0] == files[1]
     reports = read_reports(Path(result.folder))
     assert [report["steps"] for report in reports] == [2, 4, 6]
-    assert reports[0]["objective/reward_length"] > 0
+    assert reports[0]["rollout/length"] > 0
     assert "objective/reward" not in reports[1]  # the answers were sampled before
-    assert reports[2]["objective/rollout_fraction"] > 0
+    assert reports[2]["rollout/seconds_fraction"] > 0
 
 
 def test_a_finished_training_is_returned_as_it_is(recipe_file: Path, tmp_path: Path) -> None:
