@@ -20,6 +20,7 @@ from graft.objectives.base import TokenOutputs
 
 _CHUNK_POSITIONS = 1024
 """Positions whose logits stand in memory at once; more are recomputed in the backward pass."""
+_ENTROPY_POSITIONS = 64
 
 
 Streams = Callable[[str, torch.Tensor], DropoutStream]
@@ -189,6 +190,11 @@ def _target_logprobs(
     return torch.cat([found for found, _ in chunks]), torch.cat(entropies) if entropies else None
 
 
+@torch.no_grad()
 def _entropy(logits_PV: torch.Tensor) -> torch.Tensor:
-    logprobs_PV = logits_PV.log_softmax(-1)
-    return -(logprobs_PV.exp() * logprobs_PV).sum(-1)
+    """Entropy of each row, a few rows at a time: no second copy of the logits is made."""
+    found = []
+    for rows_PV in logits_PV.split(_ENTROPY_POSITIONS):
+        logprobs_PV = rows_PV.log_softmax(-1)
+        found.append(-(logprobs_PV.exp() * logprobs_PV).sum(-1))
+    return torch.cat(found) if found else logits_PV.new_zeros(0)

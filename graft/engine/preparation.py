@@ -93,7 +93,8 @@ class Preparation:
         learner = _Learner(objective, draw_of(recipe, rows), recipe.train, rows)
         if isinstance(objective, SamplingObjective):
             self._rollouts.join(objective, recipe.method, rows)
-        if "reference" in objective.needs:
+        is_asked = not isinstance(objective, SamplingObjective) or objective.reads_reference
+        if "reference" in objective.needs and is_asked:
             self._references.join(name, recipe.method, start)
         self._learners[name] = learner
 

@@ -177,9 +177,11 @@ class Rollouts:
         earned = self._earned(objective, prompts.rows, groups)
         rows = [_joined(row, group) for row, group in zip(prompts.rows, groups, strict=True)]
         temperature = objective.temperature
-        reference = self._references.scores(
-            name, rows, max_tokens=max_tokens, keeps=False, temperature=temperature
-        )
+        known = {}
+        if objective.reads_reference:
+            known[REFERENCE] = self._references.scores(
+                name, rows, max_tokens=max_tokens, keeps=False, temperature=temperature
+            )
         read = RowScores([array("d", [math.nan]) * len(row.targets) for row in rows], None)
         if objective.reads_own_answers:
             read = read_rows(
@@ -190,10 +192,10 @@ class Rollouts:
                 max_tokens=max_tokens,
                 temperature=temperature,
             )
-        outputs = outputs_of(rows, read.logprobs, {REFERENCE: reference}, read.values)
+        outputs = outputs_of(rows, read.logprobs, known, read.values)
         rewards_NG = torch.tensor(earned.totals, dtype=torch.float64).reshape(len(rows), -1)
         carried = objective.experience(outputs, rewards_NG)
-        rows = carrying_rows(rows, {REFERENCE: outputs.reference_P, **carried})
+        rows = carrying_rows(rows, {**outputs.extra, **carried})
         return Rollout(rows, _figures(earned, groups))
 
     def _earned(

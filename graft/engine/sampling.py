@@ -38,4 +38,7 @@ def _draw(
         # The smallest set whose mass reaches top_p, never empty (arXiv 1904.09751).
         sorted_V[sorted_V.cumsum(-1) - sorted_V >= top_p] = 0
         probabilities_V = torch.zeros_like(probabilities_V).scatter(0, order_V, sorted_V)
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+    # Where a uniform number falls among the summed probabilities: never on one that is 0.
+    sums_V = probabilities_V.double().cumsum(-1)
+    drawn = torch.rand(1, dtype=torch.float64, generator=generator) * sums_V[-1]
+    return int(torch.searchsorted(sums_V, drawn, right=True).clamp(max=len(sums_V) - 1))

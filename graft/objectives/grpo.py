@@ -13,7 +13,7 @@ from graft.objectives.sampling import (
     OLD_LOGPROBS,
     SamplingObjective,
     divergence,
-    row_means,
+    told_means,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class GrpoObjective(SamplingObjective):
         """How close it stays to the reference; DeepSeekMath's own is 0.04."""
         return {"objective.beta": Float(low=1e-3, high=0.1, log=True)}
 
+    @property
+    def reads_reference(self) -> bool:
+        """Also for the loss."""
+        return self.beta > 0 or super().reads_reference
+
     def experience(
         self, answers: TokenOutputs, rewards_NG: torch.Tensor
     ) -> dict[str, torch.Tensor]:
@@ -118,14 +123,10 @@ class GrpoObjective(SamplingObjective):
         ratio_P, advantages_P = self._ratio(outputs), outputs.extra[ADVANTAGES]
         is_low_P = (ratio_P < 1 - self.epsilon) & (advantages_P < 0)
         is_high_P = (ratio_P > 1 + self._epsilon_high) & (advantages_P > 0)
-        is_clipped_P = is_low_P | is_high_P
-        found = {
-            "kl": self._divergence(outputs, ratio_P),
-            "clip_fraction": is_clipped_P.to(ratio_P),
-        }
-        if outputs.entropy_P is not None:
-            found["entropy"] = outputs.entropy_P
-        return {name: row_means(outputs, values_P) for name, values_P in found.items()}
+        found = {"clip_fraction": (is_low_P | is_high_P).to(ratio_P)}
+        if self.reads_reference:
+            found["kl"] = self._divergence(outputs, ratio_P)
+        return told_means(outputs, found)
 
     @property
     def _epsilon_high(self) -> float:

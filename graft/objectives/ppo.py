@@ -14,7 +14,7 @@ from graft.objectives.sampling import (
     OLD_LOGPROBS,
     SamplingObjective,
     divergence,
-    row_means,
+    told_means,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class PpoObjective(SamplingObjective):
         }
 
     @property
+    def reads_reference(self) -> bool:
+        """Also for the reward."""
+        return self.beta > 0 or super().reads_reference
+
+    @property
     def reads_own_answers(self) -> bool:
         """Values are needed in any case."""
         return True
@@ -83,8 +88,9 @@ class PpoObjective(SamplingObjective):
 
         assert answers.values_P is not None  # `needs` has them
         is_last_P = _is_last(answers)
-        earned_P = -self.beta * (answers.logprobs_P - answers.reference_P)
-        earned_P = earned_P + is_last_P * rewards_NG[answers.row_P, answers.branch_P - 1]
+        earned_P = is_last_P * rewards_NG[answers.row_P, answers.branch_P - 1]
+        if self.beta:
+            earned_P = earned_P - self.beta * (answers.logprobs_P - answers.reference_P)
         advantages = generalized_advantages(
             earned_P.tolist(),
             answers.values_P.tolist(),
@@ -117,13 +123,12 @@ class PpoObjective(SamplingObjective):
         """Divergence, entropy, values' errors and clipped tokens, means over a row's tokens."""
         _, is_clipped_P = self._policy_losses(outputs)
         found = {
-            "kl": divergence(outputs),
             "clip_fraction": is_clipped_P.to(outputs.logprobs_P),
             "value_loss": self._value_losses(outputs),
         }
-        if outputs.entropy_P is not None:
-            found["entropy"] = outputs.entropy_P
-        return {name: row_means(outputs, values_P) for name, values_P in found.items()}
+        if self.reads_reference:
+            found["kl"] = divergence(outputs)
+        return told_means(outputs, found)
 
     def _policy_losses(self, outputs: TokenOutputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of each token, and whether it was clipped."""

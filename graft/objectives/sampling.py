@@ -50,7 +50,8 @@ class SamplingObjective(Objective):
     num_iterations: int = Field(1, ge=1)
     """Steps on the same answers before new ones are sampled."""
     max_kl: float | None = Field(10.0, gt=0)
-    """Ends a run whose mean divergence from the reference a token, nats, is above it."""
+    """Ends a run whose mean divergence from the reference a token, nats, is above it. Where it is
+    null and `beta` is 0, the reference is not asked and no divergence is told."""
     min_answer_tokens: float | None = Field(None, gt=0)
     """Ends a run whose answers are shorter on average, their end counted."""
     max_answer_tokens: float | None = Field(None, gt=0)
@@ -69,6 +70,11 @@ class SamplingObjective(Objective):
                 "in [{metric: exact_match}]"
             )
         return rewards
+
+    @property
+    def reads_reference(self) -> bool:
+        """The divergence from the reference is asked for; else no answer is read under it."""
+        return self.max_kl is not None
 
     @property
     def reads_own_answers(self) -> bool:
@@ -105,7 +111,8 @@ class SamplingObjective(Objective):
         Args:
             answers: Rows with the answers as branches, every token of an answer a target. In
                 double precision, without gradient, under the weights that sampled them; where not
-                `reads_own_answers`, their log-probabilities are NaN and they have no values.
+                `reads_own_answers`, their log-probabilities are NaN and they have no values; where
+                not `reads_reference`, there are none of it.
             rewards_NG: What each answer earned, `[num_rows, group_size]`.
         """
 
@@ -127,6 +134,17 @@ class SamplingObjective(Objective):
         return None
 
 
+def told_means(
+    outputs: TokenOutputs, of_positions: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Returns means over each row's positions, with entropy where it is known."""
+    found = dict(of_positions)
+    if outputs.entropy_P is not None:
+        found["entropy"] = outputs.entropy_P
+    counts = outputs.row_sums(outputs.logprobs_P.new_ones(outputs.logprobs_P.shape))
+    return {name: outputs.row_sums(values_P) / counts for name, values_P in found.items()}
+
+
 def divergence(outputs: TokenOutputs) -> torch.Tensor:
     """Estimates the divergence from the reference at each position, never below 0.
 
@@ -135,8 +153,3 @@ def divergence(outputs: TokenOutputs) -> torch.Tensor:
     """
     log_ratio_P = outputs.reference_P - outputs.logprobs_P
     return log_ratio_P.exp() - log_ratio_P - 1
-
-
-def row_means(outputs: TokenOutputs, values_P: torch.Tensor) -> torch.Tensor:
-    """Returns the mean over each row's positions, `[num_rows]`."""
-    return outputs.row_sums(values_P) / outputs.row_sums(values_P.new_ones(values_P.shape))

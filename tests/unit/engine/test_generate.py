@@ -11,6 +11,7 @@ import torch
 from graft.core.errors import ConfigError
 from graft.engine.generate import GenerationRequest, GenerationResult, Generator
 from graft.engine.multi import MultiAdapterModel
+from graft.engine.sampling import next_tokens
 from graft.engine.text_stream import TextStream
 from graft.methods.lora import LoraMethod
 from graft.testing import tiny_model, tiny_tokenizer
@@ -212,6 +213,19 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another() -> None:
 
     assert answer(1, 4) == answer(1, 1)
     assert answer(1, 4) != answer(2, 4)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -float("inf"), 1.5]])
+    generator = torch.Generator().manual_seed(3)
+    settings = [(0.7, 0.95, generator)]
+    drawn = [next_tokens(logits, settings)[0] for _ in range(20000)]
+    expected = torch.softmax(logits[0] / 0.7, -1)
+    expected[0] = 0  # the other three reach 0.95 without it
+    expected /= expected.sum()
+    found = torch.bincount(torch.tensor(drawn), minlength=5) / len(drawn)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.012)
+    assert found[0] == found[3] == 0
 
 
 def test_top_p_near_zero_is_greedy() -> None:

@@ -329,3 +329,17 @@ def test_a_report_averages_what_was_told_of_rollouts_over_the_steps_that_had_one
         "entropy",
         "clip_fraction",
     }
+
+
+@pytest.mark.parametrize("type", ["grpo", "ppo"])
+def test_without_a_use_for_the_reference_it_is_not_asked(type: str) -> None:
+    chosen = recipe(type=type, beta=0.0, max_kl=None, num_iterations=1)
+    whole = chosen.model_copy(update={"method": make_recipe(method={"type": "full"}).method})
+    for settings in (chosen, whole):
+        trainer = Trainer(MultiAdapterModel(exact_model()), template=TEMPLATE)
+        trainer.join("a", settings, ROWS)
+        assert not trainer._preparation._references._keys
+        report = trainer.step()["a"]
+        assert report.is_finite
+        assert "kl" not in report.figures
+        assert REFERENCE not in (sampled(trainer, "a")[0].extra or {})
