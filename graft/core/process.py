@@ -1,9 +1,11 @@
-"""What a process sets before torch and its companions are first imported."""
+"""Environment variables: those that a process sets at its start, and those of a moment."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/accel")
@@ -21,3 +23,18 @@ def prepare_process() -> None:
     if not any(Path(file).exists() for file in _DEVICE_FILES):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Sets variables for as long as the context lasts: some libraries know no other way."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
