@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from graft.engine.backends.base import Backend
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
+from graft.engine.lanes import Lanes, divide, run_in_lanes
 from graft.engine.logprobs import read_positions, slot_outputs
 from graft.engine.mixture import StepObjective
 from graft.engine.multi import MultiAdapterModel
@@ -63,41 +67,98 @@ def accumulate(
     everyone = [routed for step in steps.values() for routed in step.rows]
     everyone.sort(key=lambda r: (-len(r.row.input_ids), str(r.slot), r.position))
     max_tokens = max(step.max_tokens for step in steps.values())
+    has_lanes = backend.takes_lanes and backend.world_size == 1 and not model.is_owned
+    num_tokens = sum(len(routed.row.input_ids) for routed in everyone)
+    lanes = divide(num_tokens, max_tokens, model.device) if has_lanes else Lanes(1, max_tokens)
 
     def batched(rows: list[RoutedRow]) -> list[MicroBatch]:
-        return micro_batches(rows, max_tokens, model.device, shares_prompts=model.shares_prompts)
+        shares = model.shares_prompts
+        return micro_batches(rows, lanes.max_tokens, model.device, shares_prompts=shares)
 
-    def stream(name: str, rows: torch.Tensor) -> DropoutStream:
-        return DropoutStream(steps[name].seed, steps[name].step, rows)
-
+    passes = _Passes(model, steps)
     batches = batched(everyone[backend.world_rank :: backend.world_size])
+    tally = _Tally()
+    if lanes.number > 1 and len(batches) > 1:
+        losses = [partial(passes.run, batch) for batch in batches]
+        losses[0] = partial(passes.run, batches[0], regularization)
+        longest = max(batch.input_ids.shape[1] for batch in batches)
+        for told in run_in_lanes(losses, passes.parameters, lanes=lanes.number, longest=longest):
+            tally.add(told)
+        return tally.over(backend, list(steps))
     num_runs = backend.forward_backward_count(len(batches))
     idle = batched(everyone[-1:])[0]
-    weights = {name: step.weight for name, step in steps.items()}
-    statistics = {name: step.statistics for name, step in steps.items()}
-    temperatures = {name: step.temperature for name, step in steps.items()}
-    with_entropy = any("entropy" in step.objective.needs for step in steps.values())
-    tally = _Tally()
     for run in range(num_runs):
         is_idle = run >= len(batches)
-        batch = idle if is_idle else batches[run]
-        positions = read_positions(
-            model, batch, stream, temperatures=temperatures, with_entropy=with_entropy
+        loss, told = passes.run(
+            idle if is_idle else batches[run], regularization if run == 0 else None, is_idle=is_idle
         )
-        losses = []
-        for name, outputs in slot_outputs(model, batch, positions, statistics).items():
-            total = steps[name].objective.loss(outputs).sum()
-            losses.append(total / weights[name])
-            with torch.no_grad():
-                figures = steps[name].objective.figures(outputs)
-            tally.add(name, float(total.detach()) / weights[name], figures, is_idle=is_idle)
-        loss = torch.stack(losses).sum()
-        # An idle worker runs along with weight 0: collectives inside the model need everyone.
-        loss = loss * 0.0 if is_idle else loss
-        if run == 0 and (extra := regularization()) is not None:
-            loss = loss + extra
+        tally.add(told)
         backend.backward(loss, is_last=run == num_runs - 1)
     return tally.over(backend, list(steps))
+
+
+class _Told(NamedTuple):
+    """What a micro-batch came to for one slot."""
+
+    slot: str
+    loss: float
+    figures: Mapping[str, torch.Tensor]
+    """By name, `[rows]`; NaN where a row is not concerned."""
+
+
+class _Passes:
+    """The forward passes of one step; independent of one another."""
+
+    def __init__(self, model: MultiAdapterModel, steps: Mapping[str, SlotStep]) -> None:
+        self._model, self._steps = model, steps
+        self._weights = {name: step.weight for name, step in steps.items()}
+        self._statistics = {name: step.statistics for name, step in steps.items()}
+        self._temperatures = {name: step.temperature for name, step in steps.items()}
+        self._with_entropy = any("entropy" in step.objective.needs for step in steps.values())
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that take gradients in this step."""
+        found = [p for name in self._steps for p in self._model.parameters(name).values()]
+        return [parameter for parameter in found if parameter.requires_grad]
+
+    def run(
+        self,
+        batch: MicroBatch,
+        regularization: Callable[[], torch.Tensor | None] | None = None,
+        *,
+        is_idle: bool = False,
+    ) -> tuple[torch.Tensor, list[_Told]]:
+        """Returns a micro-batch's part of the step's loss, and what it came to by slot.
+
+        Args:
+            batch: Its rows.
+            regularization: Gives a term of the step's loss to be counted here.
+            is_idle: Run along with weight 0: collectives inside the model need every worker.
+        """
+        positions = read_positions(
+            self._model,
+            batch,
+            self._stream,
+            temperatures=self._temperatures,
+            with_entropy=self._with_entropy,
+        )
+        losses, told = [], []
+        for name, outputs in slot_outputs(self._model, batch, positions, self._statistics).items():
+            objective = self._steps[name].objective
+            losses.append(objective.loss(outputs).sum() / self._weights[name])
+            with torch.no_grad():
+                figures = objective.figures(outputs)
+            if is_idle:
+                figures = {figure: of_rows[:0] for figure, of_rows in figures.items()}
+            told.append(_Told(name, 0.0 if is_idle else float(losses[-1].detach()), figures))
+        loss = torch.stack(losses).sum()
+        loss = loss * 0.0 if is_idle else loss
+        extra = regularization() if regularization is not None else None
+        return loss if extra is None else loss + extra, told
+
+    def _stream(self, name: str, rows: torch.Tensor) -> DropoutStream:
+        return DropoutStream(self._steps[name].seed, self._steps[name].step, rows)
 
 
 class _Tally:
@@ -108,15 +169,14 @@ class _Tally:
         self._sums: dict[tuple[str, str], float] = defaultdict(float)
         self._counts: dict[tuple[str, str], int] = defaultdict(int)
 
-    def add(
-        self, slot: str, loss: float, figures: Mapping[str, torch.Tensor], *, is_idle: bool
-    ) -> None:
-        """Counts a micro-batch in; of an idle one the figures' names alone."""
-        self._losses[slot] += 0.0 if is_idle else loss
-        for name, of_rows in figures.items():
-            known = of_rows[:0] if is_idle else of_rows[~of_rows.isnan()]
-            self._sums[slot, name] += float(known.double().sum())
-            self._counts[slot, name] += known.numel()
+    def add(self, told: Sequence[_Told]) -> None:
+        """Counts a micro-batch in; of an idle one there are the figures' names alone."""
+        for slot, loss, figures in told:
+            self._losses[slot] += loss
+            for name, of_rows in figures.items():
+                known = of_rows[~of_rows.isnan()]
+                self._sums[slot, name] += float(known.double().sum())
+                self._counts[slot, name] += known.numel()
 
     def over(self, backend: Backend, slots: list[str]) -> dict[str, SlotSums]:
         """Sums over the workers; all have met the same names."""

@@ -25,6 +25,9 @@ class Backend(Protocol):
     world_rank: int
     forwards_together: bool
     """A forward pass is collective: all workers run the same number of them."""
+    takes_lanes: bool
+    """Micro-batches may run beside one another, their gradients added to `.grad` without
+    `backward`."""
 
     def attach(
         self,

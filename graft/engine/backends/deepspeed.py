@@ -62,6 +62,7 @@ class DeepSpeedBackend:
         self.world_size: int = torch.distributed.get_world_size()
         self.world_rank: int = torch.distributed.get_rank()
         self.forwards_together = scale.zero_stage == 3
+        self.takes_lanes = False
         self._model = model
         self._scale = scale
         self._engine: Any = None

@@ -18,6 +18,7 @@ class TorchBackend:
     world_size = 1
     world_rank = 0
     forwards_together = False
+    takes_lanes = True
 
     def __init__(self) -> None:
         self._parameters: dict[str, dict[str, torch.nn.Parameter]] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +18,29 @@ if TYPE_CHECKING:
 _SHORT_TOKENS = 256
 
 
+class _Kept(threading.local):
+    """Whether this thread leaves the kernel as it is."""
+
+    is_on = False
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def keep_attention_kernel() -> Iterator[None]:
+    """Keeps this thread from choosing kernels: a choice is for all threads of the process."""
+    _kept.is_on = True
+    try:
+        yield
+    finally:
+        _kept.is_on = False
+
+
 def attention_kernel(num_tokens: int, device: torch.device) -> AbstractContextManager[None]:
     """On a CPU, plain products for short rows: the fused kernel's backward pass is slower there."""
+    if _kept.is_on:
+        return nullcontext()
     is_short = device.type == "cpu" and num_tokens <= _SHORT_TOKENS
     if is_short and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)

@@ -5,7 +5,8 @@ Shapes: N rows, T tokens, I in_features, O out_features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
 _SEPARATOR = "__at__"
 
 
-@dataclass
-class ActiveRouting:
-    """What the layers of one model see of the current forward pass.
+class ActiveRouting(threading.local):
+    """What the layers of one model see of the current forward pass of their thread.
 
     It stays until the next forward pass, because a checkpointed backward pass recomputes the
     layers.
     """
 
-    slots: list[tuple[Slot, int, int]] = field(default_factory=list)
-    """Slot, first row, number of rows; rows of the bare base are in none."""
-    streams: dict[str, DropoutStream] = field(default_factory=dict)
-    num_rows: int = 0
-    observed: Observed | None = None
-    """Where methods leave figures about themselves; None where nobody asks."""
-    real: torch.Tensor | None = None
-    """Which tokens are no padding, `[rows, tokens]`; None: all, or nobody asks for figures."""
+    def __init__(self) -> None:
+        self.slots: list[tuple[Slot, int, int]] = []
+        """Slot, first row, number of rows; rows of the bare base are in none."""
+        self.streams: dict[str, DropoutStream] = {}
+        self.num_rows = 0
+        self.observed: Observed | None = None
+        """Where methods leave figures about themselves; None where nobody asks."""
+        self.real: torch.Tensor | None = None
+        """Which tokens are no padding, `[rows, tokens]`; None: all, or nobody asks for figures."""
 
 
 @dataclass(frozen=True)

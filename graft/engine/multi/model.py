@@ -78,6 +78,11 @@ class MultiAdapterModel:
         return takes_any_mask(self.base)
 
     @property
+    def is_owned(self) -> bool:
+        """A method that owns the base is on it."""
+        return any(isinstance(slot.method, WholeMethod) for slot in self.slots.values())
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear layer below the head: module path → (in_features, out_features)."""
         return self.layers.linears
