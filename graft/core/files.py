@@ -82,6 +82,23 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a crash leaves it whole or gone, never in part under its name."""
+    hidden = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what crashes left of folders and files in the making. For the folder's one writer."""
+    for left in folder.glob(".*.tmp-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def require_writable(
     path: Path, purpose: str, *, option: str = "--home (or GRAFT_HOME)", keep: bool = True
 ) -> None:

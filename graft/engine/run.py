@@ -20,9 +20,11 @@ from graft.engine.run_folder import (
     FIGURES,
     RECIPE_FILE,
     Report,
+    Resumed,
     drop_reports_after,
     read_progress,
     read_reports,
+    save_between_reports,
     save_progress,
 )
 from graft.engine.train import StepReport, Trainer
@@ -102,7 +104,8 @@ def train_run(
     eval_rows: int = 0,
     on_step: Callable[[StepReport], None] | None = None,
     on_report: Callable[[Report], None] | None = None,
-) -> None:
+    leaves: Callable[[], bool] | None = None,
+) -> bool:
     """Trains to the recipe's last step, from the folder's newest whole checkpoint if there is one.
 
     A loss of `train.stop_at_loss` or less in a report ends it before.
@@ -117,21 +120,22 @@ def train_run(
         eval_rows: Held-out rows measured at each report; 0 measures none.
         on_step: Told of every step.
         on_report: Told of every report.
+        leaves: Asked after every step by every worker, which all get the same answer; where it is
+            yes, the run writes a checkpoint and ends, to be continued from that very step.
+
+    Returns:
+        Whether the run is complete; False where it has left before.
 
     Raises:
-        TrainingError: Loss or gradient is not finite.
+        TrainingError: Loss or gradient is not finite, or a checkpoint cannot be written.
         ConfigError: The folder belongs to a different run.
         AdapterError: `train.init_from` does not fit.
     """
     trainer = Trainer(run.model, backend, run.template, run.judges)
-    is_writer = trainer.backend.world_rank == 0
-    facts = run_facts(run)
-    past = read_progress(folder, facts)
+    keeper = _Keeper(run, trainer, folder)
+    past = keeper.find()
     tensors = starting_tensors(run, home, is_resumed=past is not None)
-    if is_writer:
-        require_writable(folder, "checkpoints and reports")
-        write_json(folder / RECIPE_FILE, run.recipe.model_dump(mode="json"))
-        drop_reports_after(folder, past.state.step if past else 0)
+    keeper.open(past)
     trainer.join(
         SLOT,
         run.recipe,
@@ -139,9 +143,10 @@ def train_run(
         tensors=tensors,
         state=past.state if past else None,
     )
-    window: list[StepReport] = []
-    seconds = past.report["seconds"] if past else 0.0
-    is_complete = past is not None and run.recipe.train.ends_with(past.report)
+    window = list(past.window) if past else []
+    report: Report = past.report if past else {"steps": 0, "seconds": 0.0}
+    seconds = report["seconds"]
+    is_complete = run.recipe.train.ends_with(report)
     while not is_complete and (steps := trainer.step()):
         last = steps[SLOT]
         require_finite(last, run.recipe)
@@ -149,16 +154,49 @@ def train_run(
         seconds += last.seconds
         if on_step is not None:
             on_step(last)
-        if last.step % run.recipe.train.report_every and not last.is_finished:
-            continue
-        report = report_on(window, seconds) | measure(run, SLOT, eval_rows)
-        state = trainer.state(SLOT)
-        if is_writer:
-            save_progress(folder, state, report, facts)
-        if on_report is not None:
-            on_report(report)
-        window = []
-        is_complete = run.recipe.train.ends_with(report)
+        if last.step % run.recipe.train.report_every == 0 or last.is_finished:
+            report = report_on(window, seconds) | measure(run, SLOT, eval_rows)
+            keeper.keep(report)
+            if on_report is not None:
+                on_report(report)
+            window = []
+            is_complete = run.recipe.train.ends_with(report)
+        if leaves is not None and not is_complete and leaves():
+            keeper.keep_between_reports(report | {"seconds": seconds}, window)
+            return False
+    return True
+
+
+class _Keeper:
+    """Keeps the reports and checkpoints of a run: every worker asks it, the first one writes."""
+
+    def __init__(self, run: LoadedRun, trainer: Trainer, folder: Path) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._folder = folder
+        self._facts = run_facts(run)
+        self._is_writer = trainer.backend.world_rank == 0
+
+    def find(self) -> Resumed | None:
+        """Finds where the run stands."""
+        return read_progress(self._folder, self._facts)
+
+    def open(self, past: Resumed | None) -> None:
+        """Readies the folder for what follows."""
+        if self._is_writer:
+            require_writable(self._folder, "checkpoints and reports")
+            write_json(self._folder / RECIPE_FILE, self._run.recipe.model_dump(mode="json"))
+            drop_reports_after(self._folder, past.state.step if past else 0)
+
+    def keep(self, report: Report) -> None:
+        state, searched = self._trainer.state(SLOT), self._run.recipe.search.objectives[0]
+        if self._is_writer:
+            save_progress(self._folder, state, report, self._facts, searched)
+
+    def keep_between_reports(self, report: Report, window: list[StepReport]) -> None:
+        state = self._trainer.state(SLOT)
+        if self._is_writer:
+            save_between_reports(self._folder, state, report, window, self._facts)
 
 
 def read_result(folder: Path) -> TrainResult:

@@ -7,17 +7,18 @@ never without its report; reports past the newest checkpoint are dropped on resu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, TrainingError
 from graft.core.events import EventLog, read_events
-from graft.core.files import write_atomic
+from graft.core.files import remove_leftovers, write_atomic
 from graft.engine.checkpoint import newest_checkpoint, save_checkpoint
+from graft.engine.train import SlotState, StepReport
 
 if TYPE_CHECKING:
-    from graft.engine.train import SlotState
+    from graft.recipe.sections import SearchObjective
 
 RECIPE_FILE = "recipe.json"
 REPORTS_FILE = "report.jsonl"
@@ -34,9 +35,18 @@ class Resumed(NamedTuple):
 
     state: SlotState
     report: Report
+    """The last one, with the seconds up to the checkpoint; of step 0 where there was none yet."""
+    window: list[StepReport]
+    """What the steps since that report did."""
 
 
-def save_progress(folder: Path, state: SlotState, report: Report, facts: dict[str, Any]) -> None:
+def save_progress(
+    folder: Path,
+    state: SlotState,
+    report: Report,
+    facts: dict[str, Any],
+    searched: SearchObjective | None = None,
+) -> None:
     """Keeps a report and its checkpoint.
 
     Args:
@@ -44,9 +54,47 @@ def save_progress(folder: Path, state: SlotState, report: Report, facts: dict[st
         state: After the report's last step.
         report: What is said about it.
         facts: JSON that must be equal when the run is continued.
+        searched: By which metric of the report one checkpoint is better than another.
+
+    Raises:
+        TrainingError: They could not be written; the checkpoint before stands.
     """
-    EventLog(folder / REPORTS_FILE).append("report", **report)
-    save_checkpoint(folder / CHECKPOINTS, state, {"report": report, "run": facts})
+    try:
+        EventLog(folder / REPORTS_FILE).append("report", **report)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {folder / REPORTS_FILE}: {error}; the last checkpoint stands: make room "
+            "there and run the same command again"
+        ) from error
+    score = None
+    if searched is not None and searched.metric in report:
+        score = float(report[searched.metric]) * (1 if searched.mode == "max" else -1)
+    kept = {"report": report, "window": [], "run": facts}
+    save_checkpoint(folder / CHECKPOINTS, state, kept, score=score)
+
+
+def save_between_reports(
+    folder: Path,
+    state: SlotState,
+    report: Report,
+    window: Sequence[StepReport],
+    facts: dict[str, Any],
+) -> None:
+    """Keeps a checkpoint where no report is due, so that a run may leave at any step.
+
+    Args:
+        folder: The run's.
+        state: After the window's last step.
+        report: The last one, its seconds up to now.
+        window: The steps since.
+        facts: JSON that must be equal when the run is continued.
+
+    Raises:
+        TrainingError: It could not be written; the checkpoint before stands.
+    """
+    steps = [step.model_dump() for step in window]
+    kept = {"report": report, "window": steps, "run": facts}
+    save_checkpoint(folder / CHECKPOINTS, state, kept)
 
 
 def read_progress(folder: Path, facts: dict[str, Any]) -> Resumed | None:
@@ -54,6 +102,7 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Resumed | None:
 
     Raises:
         ConfigError: It is of a run with other facts.
+        TrainingError: All are damaged, or one is of a newer format.
     """
     found = newest_checkpoint(folder / CHECKPOINTS)
     if found is None:
@@ -66,11 +115,16 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Resumed | None:
                 f"{folder} holds a run with {key} = {known.get(key)!r}, this recipe has "
                 f"{given.get(key)!r}; give this run another name, or remove that folder"
             )
-    return Resumed(state, kept["report"])
+    window = [StepReport.model_validate(step) for step in kept.get("window", ())]
+    return Resumed(state, kept["report"], window)
 
 
 def drop_reports_after(folder: Path, steps: int) -> None:
-    """Drops a torn last line and the reports past a checkpoint. For the run's one writer."""
+    """Drops what a crash left: files in the making, a torn last line, reports past a checkpoint.
+
+    For the run's one writer.
+    """
+    remove_leftovers(folder)
     path = folder / REPORTS_FILE
     EventLog(path)
     events = read_events(path)

@@ -245,6 +245,7 @@ class Pack:
     def _await_ready(self) -> list[str]:
         """Waits until a trial may step, and a moment more for those that stand at a report."""
         with self._changed:
+            seat.window = past.window
             self._changed.wait_for(self._has_work, timeout=1.0)
             self._changed.wait_for(self._is_complete, timeout=min(2.0, self._last_step_s))
             return [str(s.number) for s in self._seats.values() if s.is_ready and not s.leaves]
@@ -283,7 +284,8 @@ class Pack:
         name, last = str(seat.number), seat.window[-1]
         rows = seat.run.recipe.search.eval_rows
         report = report_on(seat.window, seat.seconds) | measure(seat.run, name, rows)
-        save_progress(seat.folder, self._trainer.state(name), report, seat.facts)
+        searched = seat.run.recipe.search.objectives[0]
+        save_progress(seat.folder, self._trainer.state(name), report, seat.facts, searched)
         seat.window = []
         is_done = seat.run.recipe.train.ends_with(report)
         if is_done:
