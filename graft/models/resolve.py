@@ -72,6 +72,33 @@ def resolve_model(
         return cached or _make(folder, section, key, is_local=is_local, progress=progress)
 
 
+def find_config(section: ModelSection, home: Path) -> Path:
+    """Finds a folder with the base's `config.json`; fetches that one file and no weights.
+
+    Raises:
+        ModelError: The source is unknown or unreachable, or its configuration is inside a file that
+            has not been unpacked.
+    """
+    source = section.source
+    path = Path(source).expanduser()
+    is_local = bool(source) and not source.startswith(wheel.PREFIX) and path.exists()
+    if is_local and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model folder {path} has no config.json; it is no transformers model")
+        return path.absolute()
+    _require_known_form(source, is_local=is_local)
+    key = _cache_key(section, path, is_local=is_local)
+    cached = _find_cached(home / "models", key, source, full_check=False)
+    if cached is not None:
+        return cached.path
+    if is_local or source.startswith(wheel.PREFIX):
+        raise ModelError(
+            f"model.source {source!r} has not been unpacked, so its shape is not known; "
+            "`graft check RECIPE` does that once"
+        )
+    return hub.fetch_config(source, section.revision)
+
+
 def _require_known_form(source: str, *, is_local: bool) -> None:
     if is_local and not source.endswith(".gguf"):
         raise ModelError(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, GraftError
 from graft.core.files import require_writable
 from graft.core.model import Listed, StrictModel
+from graft.core.progress import QUIET, Progress
+from graft.pipelines.support import Support, inspect_support
+
+if TYPE_CHECKING:
+    from graft.engine.backends.ops import Op
 
 PACKAGES = (
     "graft",
@@ -27,10 +31,10 @@ PACKAGES = (
 )
 
 _GIB = 2**30
+_MISSING = "missing packages"
 _MIN_MEMORY_BYTES = 4 * _GIB
 _MIN_SHARED_BYTES = _GIB
 _MIN_DISK_BYTES = 5 * _GIB
-_STALE_LOCK_S = 1200.0
 
 
 class Versions(StrictModel):
@@ -64,6 +68,8 @@ class Health(StrictModel):
     """What `graft doctor` found."""
 
     findings: Listed[Finding]
+    support: Support | None = None
+    """None where torch does not load."""
 
     @property
     def refusal(self) -> ConfigError | None:
@@ -72,19 +78,27 @@ class Health(StrictModel):
         return ConfigError(f"broken: {', '.join(broken)}") if broken else None
 
 
-def inspect_environment(home: Path) -> Health:
-    """Looks at packages, devices, compilers, memory, disk and what earlier runs left behind."""
+def inspect_environment(home: Path, *, build: bool = False, progress: Progress = QUIET) -> Health:
+    """Looks at packages, devices, compilers, memory, disk and what earlier runs left behind.
+
+    Args:
+        home: Where runs would be kept.
+        build: Builds DeepSpeed's ops first, and clears what killed builds left.
+        progress: Told of the builds.
+    """
+    packages = _packages()
     findings = [
-        *_packages(),
+        *packages,
         _devices(),
         _compilers(),
-        *_locks(),
+        *(_ops(build, progress) if packages[-1].status == "ok" else []),
         _threads(),
         _memory(),
         _shared_memory(),
         *_disk(home),
     ]
-    return Health(findings=tuple(findings))
+    loads = all(f.status != "broken" for f in findings if f.subject in ("torch", _MISSING))
+    return Health(findings=tuple(findings), support=inspect_support() if loads else None)
 
 
 def _packages() -> list[Finding]:
@@ -95,7 +109,7 @@ def _packages() -> list[Finding]:
     if absent:
         findings.append(
             Finding(
-                subject="missing packages",
+                subject=_MISSING,
                 status="broken",
                 found=", ".join(absent),
                 fix=f"pip install {' '.join(absent)}",
@@ -134,27 +148,46 @@ def _compilers() -> Finding:
         subject="C++ compiler",
         status="note",
         found="none",
-        fix="install g++ for DeepSpeed's CPU offload, which compiles its optimizer at first use",
+        fix="install g++: DeepSpeed's optimizer for scale.offload is compiled here, once",
     )
 
 
-def _locks() -> list[Finding]:
-    """A process killed while compiling leaves a lock, and every later build waits for it."""
-    cache = Path.home() / ".cache" / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
+def _ops(build: bool, progress: Progress) -> list[Finding]:
+    from graft.engine.backends.ops import OPS, clear_stale_locks, is_built, obstacle, stale_locks
+
     findings = []
-    for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
-        age_s = time.time() - lock.stat().st_mtime
-        if age_s > _STALE_LOCK_S:
-            findings.append(
-                Finding(
-                    subject="stale build lock",
-                    status="note",
-                    found=f"{lock}, {age_s / 60:.0f} minutes old",
-                    fix=f"if nothing is compiling: rm {lock}",
-                )
-            )
+    for lock in clear_stale_locks() if build else stale_locks():
+        found = f"{lock}, left by a build that was killed"
+        if build:
+            findings.append(Finding(subject="build lock", status="ok", found=f"{found}; removed"))
+        else:
+            fix = "later builds would wait for it for ever; graft doctor --build-ops removes it"
+            finding = Finding(subject="build lock", status="note", found=found, fix=fix)
+            findings.append(finding)
+    for op in OPS:
+        if not is_built(op) and (reason := obstacle(op)):
+            found, _, fix = reason.partition("; ")
+            subject = f"DeepSpeed's {op}"
+            findings.append(Finding(subject=subject, status="note", found=found, fix=fix))
+        else:
+            findings.append(_op(op, build, progress))
     return findings
+
+
+def _op(op: Op, build: bool, progress: Progress) -> Finding:
+    """An op that is built or can be."""
+    from graft.engine.backends.ops import build_ops, is_built, ops_folder
+
+    subject = f"DeepSpeed's {op}"
+    if build:
+        try:
+            build_ops((op,), progress)
+        except GraftError as error:
+            return Finding(subject=subject, status="broken", found=str(error))
+    if is_built(op):
+        return Finding(subject=subject, status="ok", found=f"built in {ops_folder()}")
+    fix = "scale.offload builds it on every node before workers start; graft doctor --build-ops now"
+    return Finding(subject=subject, status="note", found="not built", fix=fix)
 
 
 def _threads() -> Finding:

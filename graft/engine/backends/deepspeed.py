@@ -6,13 +6,8 @@ well, which it then partitions. So the base keeps its own dtype, and DeepSpeed r
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import time
-import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +15,12 @@ from torch import nn
 
 from graft.core.errors import TrainingError
 from graft.engine.backends.base import OptimizerState
+from graft.engine.backends.ops import import_deepspeed, load_ops, ops_of
 from graft.engine.backends.torch import groups_by_scale
 from graft.engine.multi import MultiAdapterModel
 from graft.recipe.sections import OffloadSection, ScaleSection, TrainSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_STALE_LOCK_S = 1200.0
-
-_log = logging.getLogger(__name__)
 
 
 class _Managed(nn.Module):
@@ -54,7 +47,7 @@ class DeepSpeedBackend:
     """
 
     def __init__(self, model: MultiAdapterModel, scale: ScaleSection) -> None:
-        self._deepspeed = _import_deepspeed()
+        self._deepspeed = import_deepspeed()
         self._deepspeed.init_distributed(
             dist_backend="nccl" if model.device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
@@ -85,6 +78,7 @@ class DeepSpeedBackend:
 
         Raises:
             TrainingError: Another slot is attached, or the base computes in fp64.
+            MissingDependencyError: Offload needs an op that is not built.
         """
         if self._engine is not None:
             raise TrainingError(
@@ -93,8 +87,7 @@ class DeepSpeedBackend:
             )
         if self._model.dtype == torch.float64:
             raise TrainingError("DeepSpeed steps in fp32 at most; set model.dtype to fp32 or bf16")
-        if self._scale.offload.optimizer != "none":
-            _build_cpu_adam(self.world_rank)
+        load_ops(ops_of(self._scale))
         is_partitioned = self._scale.zero_stage == 3
         if is_partitioned and self._model.layers.adapts_experts:
             # Stage 3 gathers weights of a module that is called; single experts are read in slices.
@@ -276,37 +269,3 @@ def _offload(offload: OffloadSection) -> dict[str, Any]:
             if device == "nvme":
                 config[key]["nvme_path"] = offload.nvme_path
     return config
-
-
-def _import_deepspeed() -> Any:
-    """Imports DeepSpeed without its noise and without compiling what training does not use."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Its shared-memory all-reduce serves inference only, and would compile for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _build_cpu_adam(world_rank: int) -> None:
-    """Compiles DeepSpeed's CPU Adam once, by the first worker, while the others wait in words."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from torch.utils.cpp_extension import get_default_build_root
-
-    if world_rank == 0:
-        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-        _remove_stale_locks(root, "cpu_adam")
-        _log.warning("building DeepSpeed's CPU Adam in %s; it takes 2 minutes, once", root)
-        CPUAdamBuilder().load(verbose=False)
-    torch.distributed.barrier()
-
-
-def _remove_stale_locks(root: Path, op: str) -> None:
-    """A process killed while compiling leaves a lock; later builds wait for it for ever."""
-    for lock in (*root.glob(f"{op}/lock"), *root.glob(f"*/{op}/lock")):
-        if time.time() - lock.stat().st_mtime > _STALE_LOCK_S:
-            _log.warning("removing %s, left by a build that was killed", lock)
-            lock.unlink(missing_ok=True)

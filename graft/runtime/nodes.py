@@ -1,0 +1,96 @@
+"""What each node of a cluster does or tells for itself, before a run starts on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from graft.core.errors import GraftError
+from graft.core.machine import gpu_memory_bytes, host_memory_bytes
+from graft.core.progress import QUIET, Progress
+from graft.engine.backends.ops import build_ops, is_built, ops_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from graft.engine.backends.ops import Op
+    from graft.engine.memory.cap import Limits
+    from graft.recipe.sections import Recipe, ScaleSection
+    from graft.runtime.session import RaySession
+
+T = TypeVar("T")
+
+
+def on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+    """Runs a function once on each node that runs workers, all at the same time.
+
+    Returns:
+        Address of the node → what the function returned; nodes that died meanwhile are left out.
+
+    Raises:
+        GraftError: What the function raised on a node.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(function)
+    answers = {
+        str(node["NodeManagerAddress"]): task.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(*arguments)
+        for node in ray.nodes()
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    }
+    found = {}
+    for address, answer in answers.items():
+        try:
+            found[address] = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if not isinstance(cause, GraftError):
+                raise
+            raise type(cause)(f"node {address}: {cause}") from error
+        except ray.exceptions.RayError:  # the node is gone, and runs nothing
+            continue
+    return found
+
+
+def find_limits(recipe: Recipe, session: RaySession) -> Limits:
+    """Asks the nodes what memory their devices have; the smallest counts."""
+    from graft.engine.memory.cap import Limits
+
+    told = {"": _own_memory()} if session.is_local else on_every_node(_own_memory)
+    hosts = [memory.host_bytes for memory in told.values()]
+    gpus = [memory.gpu_bytes for memory in told.values() if memory.gpu_bytes]
+    if recipe.model.device != "cpu" and session.num_gpus > 0 and gpus:
+        return Limits("cuda", min(gpus), min(hosts), nodes=len(gpus))
+    return Limits("cpu", min(hosts), nodes=len(hosts))
+
+
+class _NodeMemory(NamedTuple):
+    host_bytes: int
+    gpu_bytes: int
+    """Of the smallest GPU; 0 without one."""
+
+
+def _own_memory() -> _NodeMemory:
+    return _NodeMemory(host_memory_bytes(), gpu_memory_bytes())
+
+
+def prepare_ops(scales: Iterable[ScaleSection], progress: Progress = QUIET) -> None:
+    """Builds the DeepSpeed ops that runs with these settings call, on every node.
+
+    To be called before workers start: a worker compiles nothing.
+
+    Raises:
+        MissingDependencyError: A node cannot build them.
+    """
+    ops: tuple[Op, ...] = tuple(dict.fromkeys(op for scale in scales for op in ops_of(scale)))
+    if not ops:
+        return
+    if not all(map(is_built, ops)):
+        progress.note(
+            f"building DeepSpeed's ops {', '.join(ops)} on every node; it takes some minutes, once"
+        )
+    on_every_node(build_ops, ops)
