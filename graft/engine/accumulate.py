@@ -55,6 +55,7 @@ def accumulate(
     backend: Backend,
     steps: Mapping[str, SlotStep],
     regularization: Callable[[], torch.Tensor | None],
+    loss_scale: float = 1.0,
 ) -> dict[str, SlotSums]:
     """Runs forward and backward over this worker's rows.
 
@@ -63,6 +64,7 @@ def accumulate(
         backend: Takes the gradients.
         steps: By slot.
         regularization: Gives a term of the step's loss beside the rows', this worker's share.
+        loss_scale: Factor on what goes backward; losses are told without it.
     """
     everyone = [routed for step in steps.values() for routed in step.rows]
     everyone.sort(key=lambda r: (-len(r.row.input_ids), str(r.slot), r.position))
@@ -75,7 +77,7 @@ def accumulate(
         shares = model.shares_prompts
         return micro_batches(rows, lanes.max_tokens, model.device, shares_prompts=shares)
 
-    passes = _Passes(model, steps)
+    passes = _Passes(model, steps, loss_scale)
     batches = batched(everyone[backend.world_rank :: backend.world_size])
     tally = _Tally()
     if lanes.number > 1 and len(batches) > 1:
@@ -109,8 +111,10 @@ class _Told(NamedTuple):
 class _Passes:
     """The forward passes of one step; independent of one another."""
 
-    def __init__(self, model: MultiAdapterModel, steps: Mapping[str, SlotStep]) -> None:
-        self._model, self._steps = model, steps
+    def __init__(
+        self, model: MultiAdapterModel, steps: Mapping[str, SlotStep], loss_scale: float
+    ) -> None:
+        self._model, self._steps, self._loss_scale = model, steps, loss_scale
         self._weights = {name: step.weight for name, step in steps.items()}
         self._statistics = {name: step.statistics for name, step in steps.items()}
         self._temperatures = {name: step.temperature for name, step in steps.items()}
@@ -155,7 +159,7 @@ class _Passes:
         loss = torch.stack(losses).sum()
         loss = loss * 0.0 if is_idle else loss
         extra = regularization() if regularization is not None else None
-        return loss if extra is None else loss + extra, told
+        return self._loss_scale * (loss if extra is None else loss + extra), told
 
     def _stream(self, name: str, rows: torch.Tensor) -> DropoutStream:
         return DropoutStream(self._steps[name].seed, self._steps[name].step, rows)

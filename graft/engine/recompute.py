@@ -1,21 +1,29 @@
-"""Gradient checkpointing: layers are computed again in the backward pass instead of being kept."""
+"""Gradient checkpointing: layers are computed again in the backward pass instead of being kept.
+
+transformers' own takes the keys and values away that a layer is given, and with them every virtual
+token. Here a layer runs again with all that it had: keys and values, routing, dropout.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from graft.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Iterator
+
+    from graft.engine.multi import MultiAdapterModel
 
 
-def recompute_layers(base: PreTrainedModel) -> None:
+def recompute_layers(model: MultiAdapterModel) -> None:
     """Keeps only the inputs of decoder layers while training; costs a second forward pass of each.
 
     Evaluation and generation are not touched: only passes that record gradients recompute.
@@ -28,21 +36,39 @@ def recompute_layers(base: PreTrainedModel) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers or not base.supports_gradient_checkpointing:
+    layers = [m for m in model.base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or not model.base.supports_gradient_checkpointing:
         raise ConfigError(
-            f"scale.gradient_checkpointing: {type(base).__name__} does not support it; "
+            f"scale.gradient_checkpointing: {type(model.base).__name__} does not support it; "
             "set it to false"
         )
-    base.activation_checkpointing_enable(
-        {"use_reentrant": False, "context_fn": _with_the_same_kernels}
-    )
     for layer in layers:
-        layer.register_forward_pre_hook(_train_where_gradients_are)
+        layer.forward = partial(_forward, layer.forward, partial(_contexts, model))
 
 
-def _with_the_same_kernels() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The backward pass is outside the forward pass and must repeat its kernels."""
+def _forward(
+    layer: Callable[..., Any],
+    contexts: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not torch.is_grad_enabled():
+        return layer(*args, **kwargs)
+    # Dropout is a function of seed and step, so no random state is kept.
+    return checkpoint(
+        layer,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=contexts,
+        **kwargs,
+    )
+
+
+def _contexts(
+    model: MultiAdapterModel,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What the two passes run under: the second has the routing and the kernels of the first."""
     cuda = torch.backends.cuda
     allowed = {
         SDPBackend.MATH: cuda.math_sdp_enabled(),
@@ -50,10 +76,11 @@ def _with_the_same_kernels() -> tuple[AbstractContextManager[None], AbstractCont
         SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
         SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
     }
-    return nullcontext(), sdpa_kernel([kernel for kernel, is_on in allowed.items() if is_on])
+    kernels = [kernel for kernel, is_on in allowed.items() if is_on]
+    return nullcontext(), _again(model.routing_as_now(), kernels)
 
 
-def _train_where_gradients_are(layer: nn.Module, _: Any) -> None:
-    # transformers asks this one flag. `train()` would also wake the base's dropout, and a layer in
-    # training drops the keys and values that generation needs.
-    layer.training = torch.is_grad_enabled()
+@contextmanager
+def _again(routing: AbstractContextManager[None], kernels: list[SDPBackend]) -> Iterator[None]:
+    with routing, sdpa_kernel(kernels):
+        yield

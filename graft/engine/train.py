@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,15 @@ from pydantic import Field
 from graft.core.errors import DataError, GraftError, TrainingError
 from graft.core.model import StrictModel
 from graft.data.records import TokenRow
-from graft.engine.accumulate import SlotStep, accumulate
+from graft.engine.accumulate import SlotStep, SlotSums, accumulate
 from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
 from graft.engine.calibrate import input_moments
+from graft.engine.loss_scale import LossScale
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.preparation import Preparation
 from graft.engine.schedule import learning_rate
+from graft.engine.trainable import require_trainable
 from graft.methods.base import Method, by_site, split_head
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
@@ -117,6 +120,7 @@ class Trainer:
         self.backend: Backend = backend or TorchBackend()
         self._jobs: dict[str, _Job] = {}
         self._preparation = Preparation(model, self.backend, template, judges)
+        self._loss_scale = LossScale(model.dtype)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -145,12 +149,13 @@ class Trainer:
         Raises:
             DataError: There are no rows, or a sampled answer would be longer than the context.
             AdapterError: The weights do not fit.
-            ConfigError: There is no memory for a reference.
+            ConfigError: There is no memory for a reference, or it trains on a GPU only.
         """
         if not rows:
             raise DataError("no training rows; data.train must have at least one")
         if name in self._jobs:
             raise TrainingError(f"a slot named {name!r} is already in training")
+        require_trainable(recipe, self.model.device)
         has_head = any("values" in part.objective.needs for part in recipe.parts)
         bare = None if tensors is None else split_head(tensors)[0]
         self._preparation.join(name, recipe, rows, bare)
@@ -169,6 +174,7 @@ class Trainer:
             self._preparation.leave(name)
             raise
         parameters = self.model.parameters(name)
+        self._loss_scale.watch(parameters.values())
         self.backend.attach(name, parameters, recipe.train, recipe.method.lr_scale)
         if state is not None:
             self.backend.load_optimizer_state(name, state.optimizer)
@@ -237,32 +243,52 @@ class Trainer:
         }
         if not active:
             return reports
-        sums = accumulate(self.model, self.backend, taken, lambda: self._regularization(active))
-        losses = {name: sums[name].loss for name in active}
         lrs = {name: learning_rate(job.settings, job.step) for name, job in active.items()}
-        finite = {name: lrs[name] for name in active if math.isfinite(losses[name])}
-        norms = self.backend.step(
-            finite,
-            {name: job.settings.max_grad_norm for name, job in active.items()},
-            self._after_step,
-        )
+        sums, norms = self._learn(active, taken, lrs)
         seconds = time.perf_counter() - started
         for name, job in active.items():
             job.step += 1
             norm = norms.get(name, math.nan)
             reports[name] = StepReport(
                 step=job.step,
-                loss=losses[name],
+                loss=sums[name].loss,
                 lr=lrs[name],
                 grad_norm=norm,
                 num_tokens=sum(len(r.row.input_ids) for r in taken[name].rows),
                 num_supervised_tokens=sum(sum(r.row.is_supervised) for r in taken[name].rows),
                 seconds=seconds,
-                is_finite=math.isfinite(losses[name]) and math.isfinite(norm),
+                is_finite=math.isfinite(sums[name].loss) and math.isfinite(norm),
                 is_finished=job.step >= job.settings.steps,
                 figures=sums[name].figures | self._preparation.told(name, seconds),
             )
         return reports
+
+    def _learn(
+        self, active: dict[str, _Job], taken: dict[str, SlotStep], lrs: dict[str, float]
+    ) -> tuple[dict[str, SlotSums], dict[str, float]]:
+        """Runs forward, backward and update; again where a scaled gradient has overflowed."""
+        sums: dict[str, SlotSums] = {}
+        norms: dict[str, float] = {}
+        jobs = active
+        while True:
+            sums |= accumulate(
+                self.model,
+                self.backend,
+                {name: taken[name] for name in jobs},
+                partial(self._regularization, jobs),
+                self._loss_scale.factor,
+            )
+            finite = {name: lrs[name] for name in jobs if math.isfinite(sums[name].loss)}
+            norms |= self.backend.step(
+                finite,
+                {name: job.settings.max_grad_norm for name, job in jobs.items()},
+                self._after_step,
+            )
+            jobs = {name: jobs[name] for name in finite if not math.isfinite(norms[name])}
+            if not jobs or not self._loss_scale.lower():
+                break
+        self._loss_scale.passed()
+        return sums, norms
 
     def _failed(self, job: _Job, error: GraftError) -> StepReport:
         job.step += 1

@@ -36,7 +36,7 @@ class DoraMethod(LoraFamily):
     type: Literal["dora"] = "dora"
 
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
-    zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2})
+    zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     peft_only_fields: ClassVar[frozenset[str]] = frozenset({"use_dora"})
     peft_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
 

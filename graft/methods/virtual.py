@@ -70,7 +70,6 @@ class VirtualMethod(Method):
     packable: ClassVar[bool] = True
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})
-    checkpoints_activations: ClassVar[bool] = False
     is_identity_at_start: ClassVar[bool] = False
 
     @property

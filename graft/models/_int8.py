@@ -17,7 +17,10 @@ def dense_int8(
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer that unpacks its weight again for the backward pass instead of keeping it."""
+    """A linear layer that unpacks its weight again for the backward pass instead of keeping it.
+
+    It keeps the parameter, not its data, which ZeRO-3 takes away and brings back.
+    """
 
     @staticmethod
     def forward(
@@ -59,6 +62,6 @@ class Int8Linear(Linear8bitLt):
         """Returns `x Wᵀ + b`, `[..., out_features]`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, self.weight.data, self.weight.SCB, bias
+            x, self.weight, self.weight.SCB, bias
         )
         return product

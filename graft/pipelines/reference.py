@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from graft.data import Example
     from graft.engine.multi import MultiAdapterModel
-    from graft.recipe.sections import WatchSection
+    from graft.recipe.operation import WatchSection
 
 
 def prompt_text(example: Example) -> str | None:

@@ -17,7 +17,7 @@ from graft.data import Example, load_examples
 
 if TYPE_CHECKING:
     from graft.data.section import DataSection
-    from graft.recipe.sections import LoopSection
+    from graft.recipe.operation import LoopSection
 
 SEARCH_FRACTION = 0.125
 """Of the new and of the old rows, held out of training so that trials are compared on neither

@@ -13,7 +13,7 @@ from graft.core.seeds import derive_seed
 if TYPE_CHECKING:
     from graft.engine.evaluate import EvalReport
     from graft.metrics.base import Metric
-    from graft.recipe.sections import GateSection
+    from graft.recipe.operation import GateSection
 
 NUM_RESAMPLES = 2000
 

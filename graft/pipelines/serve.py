@@ -27,7 +27,8 @@ from graft.serving.deployments import ServePlan, build_application
 from graft.serving.tenants import Tenant, read_tenants
 
 if TYPE_CHECKING:
-    from graft.recipe.sections import Recipe, ServeSection
+    from graft.recipe.operation import ServeSection
+    from graft.recipe.sections import Recipe
     from graft.recipe.space import Sections
 
     ServableRecipe = Recipe | Sections

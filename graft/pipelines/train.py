@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from graft.core.errors import TrainingError
 from graft.core.files import require_writable, write_atomic
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress, Task
+from graft.core.signals import told_to_end
 
 if TYPE_CHECKING:
     from graft.artifacts import Store
@@ -77,7 +79,7 @@ def plan_train(space: RecipeSpace, *, home: Path) -> TrainPlan:
         folder=str(folder),
         steps=recipe.train.steps,
         steps_done=found[0].step if found else 0,
-        workers=recipe.scale.workers,
+        workers=recipe.scale.max_workers,
         backend="deepspeed" if recipe.scale.needs_deepspeed else "torch",
     )
 
@@ -109,10 +111,16 @@ def train(
     from graft.artifacts import Store
     from graft.engine.run import load_run, read_result, run_facts
     from graft.engine.run_folder import read_progress
+    from graft.engine.trainable import require_trainable
+    from graft.models import pick_device
+    from graft.pipelines.room import require_room
 
     recipe = space.recipe()
     folder, store = _folder(recipe, home), Store(home)
     require_writable(folder, "the run", keep=False)
+    if not recipe.scale.needs_deepspeed:
+        require_trainable(recipe, pick_device(recipe.model))
+    require_room(recipe, home, address=address)
     run = load_run(recipe, home)
     known = _known(folder, run, store)
     if known is not None:
@@ -195,7 +203,13 @@ def _train_here(run: LoadedRun, folder: Path, *, home: Path, progress: Progress)
             task.advance(step.step - done, loss=step.loss, **step.headline, **{"tokens/s": speed})
             done = step.step
 
-        train_run(run, folder, home=home, on_step=on_step)
+        with told_to_end() as leaves:
+            is_complete = train_run(run, folder, home=home, on_step=on_step, leaves=leaves)
+    if not is_complete:
+        raise TrainingError(
+            f"{run.recipe.name!r} was told to end (SIGTERM); step {done} is kept, and the same "
+            "command goes on from there"
+        )
     # What is published is seated anew; a method that owns the base shares it with no slot.
     run.model.remove_slot(SLOT)
 
@@ -209,17 +223,18 @@ def _train_on_workers(
 
     failures: list[Exception] = []
 
-    def work() -> None:
+    def work(leaves: Callable[[], bool]) -> None:
         try:
-            train_on_workers(recipe, home=home, folder=folder)
+            train_on_workers(recipe, home=home, folder=folder, leaves=leaves)
         except Exception as error:
             failures.append(error)
 
     with (
         ray_session(address),
         progress.task(f"training {recipe.name}", recipe.train.steps, "step") as task,
+        told_to_end() as leaves,
     ):
-        thread = threading.Thread(target=work, name="train-workers", daemon=True)
+        thread = threading.Thread(target=work, args=(leaves,), name="train-workers", daemon=True)
         thread.start()
         done = 0
         while thread.is_alive():

@@ -12,17 +12,17 @@ from graft.artifacts.names import require_name
 from graft.compressors.base import COMPRESSORS, Compressor
 from graft.core.model import Listed, StrictModel
 from graft.core.registry import nearest
+from graft.core.sizes import parse_bytes
 from graft.data.mixture import DataPart
-from graft.detectors.base import DETECTORS, Detector
 from graft.methods.base import METHODS, Method, Surroundings
 from graft.metrics.base import METRICS, Metric
 from graft.models.section import ModelSection, QuantizationSection
 from graft.objectives.base import Objective
 from graft.recipe.mixture import AnyData, AnyObjective, DataMixture
+from graft.recipe.operation import LoopSection, ServeSection, TrackSection, WatchSection
 
 AnyMethod = Annotated[Method, *METHODS.field()]
 AnyCompressor = Annotated[Compressor, *COMPRESSORS.field()]
-AnyDetector = Annotated[Detector, *DETECTORS.field()]
 AnyMetric = Annotated[Metric, *METRICS.field()]
 
 
@@ -32,7 +32,7 @@ class TrainSection(StrictModel):
     steps: int = Field(200, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
-    """Rows a step, over all workers and micro-batches."""
+    """Rows a step, over all workers and micro-batches; it need not divide evenly."""
     lr: float = Field(2e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the learning rate after warm-up; `linear` and `cosine` end at 0."""
@@ -40,10 +40,14 @@ class TrainSection(StrictModel):
     weight_decay: float = Field(0.0, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """`8bit`: moments in 8 bits; `paged`: moments leave the GPU when its memory runs short. All but
+    the first are bitsandbytes', on a GPU, with `scale.zero_stage` 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients of the whole adapter are scaled down to this norm."""
     micro_batch_tokens: int = Field(2048, ge=1)
-    """Padded tokens of one forward pass; bounds memory, changes no result."""
+    """Padded tokens of one forward pass; gradients add up over as many passes as a step's rows
+    take. Bounds memory, changes no result."""
     seed: int = Field(0, ge=0)
     """Initial weights, data order and dropout."""
     report_every: int = Field(10, ge=1)
@@ -75,16 +79,53 @@ class OffloadSection(StrictModel):
         return self
 
 
+_Count = Annotated[int, Field(ge=1)]
+
+
 class ScaleSection(StrictModel):
     """Workers and how memory is divided between them."""
 
-    workers: int = Field(1, ge=1)
+    workers: _Count | Annotated[tuple[_Count, _Count], Field(strict=False)] = 1
+    """Processes of a run; `[min, max]` is as many of these as the cluster has room for, more or
+    fewer while it trains."""
     backend: Literal["auto", "torch", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: OffloadSection = OffloadSection()
     gradient_checkpointing: bool = False
     threads: int | None = Field(None, ge=1)
     """CPU threads a process; None divides the machine's cores between its processes."""
+    device_memory: str | None = None
+    """Most that a device may be given, as `40GB` or `24GiB`; None is what it has. What is predicted
+    to need more is refused before anything loads, and never proposed by a search."""
+
+    @field_validator("device_memory")
+    @classmethod
+    def device_memory_is_a_size(cls, device_memory: str | None) -> str | None:
+        """Refuses what is no size."""
+        if device_memory is not None:
+            parse_bytes(device_memory)
+        return device_memory
+
+    @field_validator("workers")
+    @classmethod
+    def workers_are_in_order(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        """Refuses `[4, 2]`."""
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(
+                f"{list(workers)} is [min, max] the wrong way round; write "
+                f"[{workers[1]}, {workers[0]}]"
+            )
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a run starts with."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a run has."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
     @model_validator(mode="after")
     def backend_can_shard(self) -> ScaleSection:
@@ -93,20 +134,23 @@ class ScaleSection(StrictModel):
             raise ValueError(
                 f"zero_stage {self.zero_stage} needs `backend: deepspeed` (or auto), not torch"
             )
-        if self.workers > 1 and self.backend == "torch":
+        if self.max_workers > 1 and self.backend == "torch":
             raise ValueError(
-                f"workers {self.workers} needs `backend: deepspeed` (or auto): torch is one process"
+                f"workers {self.max_workers} needs `backend: deepspeed` (or auto): torch is one "
+                "process"
             )
         if self.offload.optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload.optimizer needs `zero_stage` 1, 2 or 3")
         if self.offload.parameters != "none" and self.zero_stage != 3:
             raise ValueError("offload.parameters needs `zero_stage: 3`")
+        if self.offload.optimizer == "nvme" and self.zero_stage != 3:
+            raise ValueError("offload.optimizer nvme needs `zero_stage: 3`; cpu works with 1 and 2")
         return self
 
     @property
     def needs_deepspeed(self) -> bool:
         """Tells whether a run takes DeepSpeed's processes rather than this one."""
-        return self.backend == "deepspeed" or self.workers > 1 or self.zero_stage > 0
+        return self.backend == "deepspeed" or self.max_workers > 1 or self.zero_stage > 0
 
 
 class SearchObjective(StrictModel):
@@ -221,87 +265,6 @@ class VerifySection(StrictModel):
     """Mean KL divergence of next-token distributions, nats."""
 
 
-class TenantSection(StrictModel):
-    """One tenant of the served API."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    key_env: str = Field(pattern=r"^[A-Z_][A-Z0-9_]*$")
-    """Name of the environment variable that holds the tenant's API key."""
-    models: Listed[str] = ()
-    """Adapter names that the tenant may call; `base` is the bare base model."""
-
-
-class ServeSection(StrictModel):
-    """The OpenAI-compatible endpoint."""
-
-    engine: Literal["native"] = "native"
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    replicas: int = Field(1, ge=1)
-    max_batch: int = Field(16, ge=1)
-    """Requests decoded together."""
-    max_queue: int = Field(64, ge=0)
-    """Requests waiting beside those; more are told to try again (429)."""
-    max_length: int = Field(1024, ge=16)
-    """Prompt and answer together, in tokens."""
-    tenants: Listed[TenantSection] = ()
-
-    @model_validator(mode="after")
-    def tenants_are_distinct(self) -> ServeSection:
-        """Refuses two tenants of one name or one key."""
-        for field in ("name", "key_env"):
-            values = [getattr(tenant, field) for tenant in self.tenants]
-            if len(set(values)) != len(values):
-                raise ValueError(f"two tenants share a `{field}`; each needs its own")
-        return self
-
-
-class WatchSection(StrictModel):
-    """Which drift is looked for in the served prompts."""
-
-    detectors: Listed[AnyDetector] = Field(({"type": "mmd"},), validate_default=True)
-    expected_run_length: int = Field(2000, ge=10)
-    """Mean number of prompts between false alarms when nothing drifts."""
-    reference_rows: int = Field(400, ge=20)
-    """Training prompts that make the reference."""
-    seed: int = 0
-
-
-class GateSection(StrictModel):
-    """When a successor may replace the champion."""
-
-    metric: str = "eval/loss"
-    margin: float = Field(0.01, ge=0)
-    """On the frozen held-out set the successor may be worse by at most this."""
-    min_gain: float = Field(0.0, ge=0)
-    """On the new rows it must be better by at least this."""
-
-
-class LoopSection(StrictModel):
-    """What happens after an alarm."""
-
-    feedback: str | None = None
-    """Labelled rows of the new traffic; a successor learns from them and a replay of old rows."""
-    feedback_eval: str | None = None
-    """Held-out rows of the new traffic, for the gate."""
-    replay_fraction: float = Field(0.5, ge=0, lt=1)
-    """Share of old rows in the successor's training data."""
-    budget_trials: int = Field(8, ge=1)
-    steps: int | None = Field(None, ge=1)
-    """Steps a trial; None means `train.steps`."""
-    gate: GateSection = GateSection()
-    canary: Listed[float] = (0.05, 0.25, 0.5)
-    cooldown_s: float = Field(600.0, ge=0)
-    """No second re-search starts sooner after the last one."""
-
-
-class TrackSection(StrictModel):
-    """Experiment tracking beside the run's own event files."""
-
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "graft"
-
-
 class Recipe(StrictModel):
     """One complete recipe: every verb reads it, no hole is left in it."""
 
@@ -336,6 +299,23 @@ class Recipe(StrictModel):
         )
 
     @property
+    def needs_cuda(self) -> tuple[str, ...]:
+        """Why it trains on a GPU only, each reason with what trains elsewhere; else empty."""
+        found = []
+        if self.model.dtype == "fp16":
+            found.append(
+                "model.dtype fp16 trains on a GPU only: its small gradients need loss scaling, and "
+                "a CPU computes it slower than fp32; use bf16 or fp32"
+            )
+        if self.train.optimizer != "adamw":
+            found.append(
+                f"train.optimizer {self.train.optimizer} trains on a GPU only: bitsandbytes steps "
+                "with CUDA kernels; use adamw, with scale.offload.optimizer cpu where memory is "
+                "short"
+            )
+        return tuple(found)
+
+    @property
     def needs_reference(self) -> bool:
         """Tells whether training compares with the model as it was."""
         return any("reference" in part.objective.needs for part in self.parts)
@@ -353,7 +333,7 @@ class Recipe(StrictModel):
             Surroundings(
                 quantization=self.model.quantization.type,
                 zero_stage=self.scale.zero_stage,
-                workers=self.scale.workers,
+                workers=self.scale.max_workers,
                 steps=self.train.steps,
                 gradient_checkpointing=self.scale.gradient_checkpointing,
                 needs_deepspeed=self.scale.needs_deepspeed,
@@ -364,12 +344,29 @@ class Recipe(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def device_can_train(self) -> Recipe:
+        """Refuses on a CPU what trains on a GPU only; `auto` is known where the base is loaded."""
+        if self.model.device == "cpu" and self.needs_cuda:
+            raise ValueError("; ".join(self.needs_cuda))
+        return self
+
+    @model_validator(mode="after")
+    def optimizer_fits_zero(self) -> Recipe:
+        """Refuses moments in blocks or pages where ZeRO divides them between workers."""
+        if self.train.optimizer != "adamw" and self.scale.zero_stage:
+            raise ValueError(
+                f"train.optimizer {self.train.optimizer} needs scale.zero_stage 0: ZeRO cuts "
+                "moments where their blocks do not end; use adamw, whose moments it divides"
+            )
+        return self
+
+    @model_validator(mode="after")
     def every_worker_has_rows(self) -> Recipe:
         """Refuses a step of fewer rows than workers."""
-        if self.train.batch_size < self.scale.workers:
+        if self.train.batch_size < self.scale.max_workers:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is below scale.workers "
-                f"{self.scale.workers}; each worker needs a row a step"
+                f"{self.scale.max_workers}; each worker needs a row a step"
             )
         return self
 

@@ -32,18 +32,15 @@ from graft.recipe.holes import (
     middle,
 )
 from graft.recipe.mixture import DataMixture
+from graft.recipe.operation import LoopSection, ServeSection, TrackSection, WatchSection
 from graft.recipe.problems import explain, report
 from graft.recipe.sections import (
     AnyCompressor,
     CompareSection,
     EvalSection,
-    LoopSection,
     Recipe,
     SearchSection,
-    ServeSection,
-    TrackSection,
     VerifySection,
-    WatchSection,
 )
 from graft.recipe.tree import FieldPath, Tree, dotted
 from graft.recipe.vetted import add_vetted_space, wants_vetted_space
@@ -92,7 +89,8 @@ class RecipeSpace:
         problems += [problem for problem in lasting if not is_under_any(problem.path, broken)]
         if problems:
             raise report(problems, tree)
-        self._example = next(filling.recipe for filling in fillings if filling.recipe)
+        self._examples = tuple(filling.recipe for filling in fillings if filling.recipe)
+        self._example = self._examples[0]
         if missing := self._missing_held_out_rows():
             raise report([missing], tree)
         self._points = self._read_points(tree)
@@ -179,6 +177,13 @@ class RecipeSpace:
     def example(self) -> Recipe:
         """Returns one valid filling, for what is the same in all."""
         return self._example
+
+    def examples(self) -> tuple[Recipe, ...]:
+        """Returns valid fillings in which every option and both ends of every range stand once.
+
+        An option that is refused beside the middles of the other holes is in none.
+        """
+        return self._examples
 
     def default(self) -> Recipe:
         """Returns the recipe of first choices and middles of ranges (geometric for `log`).

@@ -21,7 +21,7 @@ from graft.core.events import read_events
 from graft.core.files import sha256_json, write_json
 from graft.core.model import StrictModel
 from graft.detectors.base import RunningDetector, Verdict
-from graft.recipe.sections import WatchSection
+from graft.recipe.operation import WatchSection
 from graft.runtime.loopstate import JOURNAL, LoopJournal, LoopStatus, State, loop_folder
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from graft.core.errors import ServingError
 from graft.core.model import StrictModel
 from graft.models.ready import ReadyModel
 from graft.models.section import ModelSection
-from graft.recipe.sections import ServeSection
+from graft.recipe.operation import ServeSection
 from graft.serving.catalog import Catalog
 from graft.serving.drift_feed import DriftFeed, Observe
 from graft.serving.gateway import Gateway, Served

@@ -14,7 +14,7 @@ from graft.core.errors import ConfigError
 from graft.serving.errors import ApiError
 
 if TYPE_CHECKING:
-    from graft.recipe.sections import TenantSection
+    from graft.recipe.operation import TenantSection
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import ray
 from graft.core.errors import ServingError
 from graft.core.events import read_events
 from graft.core.files import write_json
-from graft.recipe.sections import WatchSection
+from graft.recipe.operation import WatchSection
 from graft.runtime.driftwatch import MonitorSettings, Reference, RenewalOutcome, RenewalRequest
 from graft.runtime.loopstate import JOURNAL, LoopJournal, loop_folder, read_status
 from graft.runtime.monitor import find_monitor, start_monitor, stop_monitor

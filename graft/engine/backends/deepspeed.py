@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import nn
 
 from graft.core.errors import TrainingError
 from graft.engine.backends.base import OptimizerState
+from graft.engine.backends.nvme import swap_folder
 from graft.engine.backends.ops import import_deepspeed, load_ops, ops_of
+from graft.engine.backends.optimizers import make_optimizer, read_moments, write_moments
 from graft.engine.backends.torch import groups_by_scale
 from graft.engine.multi import MultiAdapterModel
-from graft.recipe.sections import OffloadSection, ScaleSection, TrainSection
+from graft.engine.multi.layer import RoutedLinear
+from graft.recipe.sections import ScaleSection, TrainSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,9 +48,21 @@ class DeepSpeedBackend:
 
     The process group must exist, and every method that touches parameters or optimizer state is
     collective: all workers call it, in the same order.
+
+    Args:
+        model: The base.
+        scale: Stage and offload.
+        persistence_threshold: Numbers of a weight that ZeRO-3 leaves whole on every worker; None
+            leaves those below 100,000, and of a small base those below a thousandth of it.
     """
 
-    def __init__(self, model: MultiAdapterModel, scale: ScaleSection) -> None:
+    def __init__(
+        self,
+        model: MultiAdapterModel,
+        scale: ScaleSection,
+        *,
+        persistence_threshold: int | None = None,
+    ) -> None:
         self._deepspeed = import_deepspeed()
         self._deepspeed.init_distributed(
             dist_backend="nccl" if model.device.type == "cuda" else "gloo",
@@ -58,6 +74,7 @@ class DeepSpeedBackend:
         self.takes_lanes = False
         self._model = model
         self._scale = scale
+        self._persistence_threshold = persistence_threshold
         self._engine: Any = None
         self._slot = ""
         self._all: dict[str, nn.Parameter] = {}
@@ -99,16 +116,39 @@ class DeepSpeedBackend:
         self._parameters = {key: p for key, p in parameters.items() if p.requires_grad}
         groups = groups_by_scale(parameters, lr_scale)
         self._lr_scales = [group.pop("lr_scale") for group in groups]
+        is_divided = self._scale.zero_stage > 0
         self._engine, _, _, _ = self._deepspeed.initialize(
             model=_Managed(self._parameters.values(), self._model.base if is_partitioned else None),
-            model_parameters=groups,
+            model_parameters=groups if is_divided else None,
+            optimizer=None if is_divided else make_optimizer(settings, groups),
             config=self._config(settings),
         )
         self._num_steps = 0
+        if is_partitioned:
+            self._gather_with_adapters()
         if self._scale.zero_stage == 0:
             self._clip_in_optimizer(settings.max_grad_norm)
 
+    def _gather_with_adapters(self) -> None:
+        """Methods may read the weight of the layer that they adapt, as DoRA does for its lengths.
+
+        So it is there for as long as the adapter's own tensors are.
+        """
+        for module in self._model.base.modules():
+            if isinstance(module, RoutedLinear):
+                for parameter in module.base.parameters():
+                    self._deepspeed.zero.register_external_parameter(module, parameter)
+
     def _config(self, settings: TrainSection) -> dict[str, Any]:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # `step` alone is the boundary, so a step may have any number of micro-batches.
+            "managed_gradient_accumulation": False,
+            "steps_per_print": None,
+        }
+        if self._scale.zero_stage == 0:
+            return config
         optimizer: dict[str, Any] = {
             "lr": settings.lr,
             "betas": list(settings.betas),
@@ -117,21 +157,42 @@ class DeepSpeedBackend:
         }
         if self._scale.offload.optimizer == "none":
             optimizer["torch_adam"] = True
-        zero: dict[str, Any] = {"stage": self._scale.zero_stage, **_offload(self._scale.offload)}
+        zero: dict[str, Any] = {"stage": self._scale.zero_stage, **self._offload()}
         if self._scale.zero_stage == 3:
-            num_weights = sum(p.numel() for p in self._model.base.parameters())
-            # DeepSpeed's own 100,000 would leave every weight of a small base whole.
-            zero["stage3_param_persistence_threshold"] = min(100_000, num_weights // 1000)
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            # `step` alone is the boundary, so a step may have any number of micro-batches.
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": settings.max_grad_norm if self._scale.zero_stage else 0.0,
+            threshold = self._persistence_threshold
+            if threshold is None:
+                num_weights = sum(p.numel() for p in self._model.base.parameters())
+                # DeepSpeed's own 100,000 would leave every weight of a small base whole.
+                threshold = min(100_000, num_weights // 1000)
+            zero["stage3_param_persistence_threshold"] = threshold
+        return config | {
+            "gradient_clipping": settings.max_grad_norm,
             "optimizer": {"type": "AdamW", "params": optimizer},
             "zero_optimization": zero,
-            "steps_per_print": None,
         }
+
+    def _offload(self) -> dict[str, Any]:
+        offload = self._scale.offload
+        targets = {"offload_optimizer": offload.optimizer, "offload_param": offload.parameters}
+        config: dict[str, Any] = {}
+        for key, device in targets.items():
+            if device != "none":
+                config[key] = {"device": device}
+        on_disk = [key for key, device in targets.items() if device == "nvme"]
+        if on_disk:
+            assert offload.nvme_path is not None  # the section refuses nvme without it
+            folder = swap_folder(Path(offload.nvme_path), self)
+            for key in on_disk:
+                config[key]["nvme_path"] = str(folder)
+        if offload.parameters == "nvme":
+            # DeepSpeed's own buffers are made for 100 million numbers, 2 GB in all.
+            config["offload_param"]["buffer_size"] = self._largest_share()
+        return config
+
+    def _largest_share(self) -> int:
+        """Numbers of the largest tensor that a worker holds its part of."""
+        sizes = [p.numel() for p in (*self._model.base.parameters(), *self._parameters.values())]
+        return int(-(-max(sizes) // self.world_size))
 
     def _clip_in_optimizer(self, max_grad_norm: float) -> None:
         """Stage 0 clips here: DeepSpeed's own clip keeps the norm to itself and steps on NaN."""
@@ -211,41 +272,37 @@ class DeepSpeedBackend:
         """Whole moments and step count of every parameter; empty before step 1. Collective."""
         if self._num_steps == 0:
             return {}
+        if self._scale.zero_stage == 0:
+            optimizer = self._engine.optimizer
+            return {key: read_moments(optimizer, p) for key, p in self._parameters.items()}
+        from deepspeed.utils import safe_get_full_optimizer_state as whole
+
         return {
             key: {
                 "step": torch.tensor(float(self._num_steps)),
-                **{name: self._moment(parameter, name).detach().cpu().clone() for name in _MOMENTS},
+                **{name: whole(p, name).detach().cpu().clone() for name in _MOMENTS},
             }
-            for key, parameter in self._parameters.items()
+            for key, p in self._parameters.items()
         }
-
-    def _moment(self, parameter: nn.Parameter, name: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self._scale.zero_stage == 0:
-            moment: torch.Tensor = self._engine.optimizer.state[parameter][name]
-            return moment
-        moment = safe_get_full_optimizer_state(parameter, name)
-        return moment
 
     def load_optimizer_state(self, slot: str, state: OptimizerState) -> None:
         """Puts whole moments back, divided as this run divides them. Collective."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not state:
             return
-        self._make_moments()
         self._num_steps = round(float(next(iter(state.values()))["step"]))
+        if self._scale.zero_stage == 0:
+            for key, parameter in self._parameters.items():
+                write_moments(self._engine.optimizer, parameter, state[key])
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._make_moments()
         for key, parameter in self._parameters.items():
             for name in _MOMENTS:
                 value = state[key][name].to(self._model.device)
-                if self._scale.zero_stage == 0:
-                    self._engine.optimizer.state[parameter][name].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, name)
+                safe_set_full_optimizer_state(parameter, value, name)
         # ZeRO's optimizers hold torch's own inside; the step count lives there.
-        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        for held in inner.state.values():
+        for held in self._engine.optimizer.optimizer.state.values():
             if torch.is_tensor(held["step"]):
                 held["step"].fill_(float(self._num_steps))
             else:
@@ -257,15 +314,6 @@ class DeepSpeedBackend:
         with self._deepspeed.zero.GatheredParameters(parameters):
             nothing = torch.stack([p.sum() for p in parameters]).sum() * 0.0
             self.backward(nothing, is_last=True)
+        num_steps = self._num_steps
         self.step({}, {}, lambda _: None)
-
-
-def _offload(offload: OffloadSection) -> dict[str, Any]:
-    targets = {"offload_optimizer": offload.optimizer, "offload_param": offload.parameters}
-    config: dict[str, Any] = {}
-    for key, device in targets.items():
-        if device != "none":
-            config[key] = {"device": device}
-            if device == "nvme":
-                config[key]["nvme_path"] = offload.nvme_path
-    return config
+        self._num_steps = num_steps

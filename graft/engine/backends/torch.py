@@ -1,4 +1,4 @@
-"""One process, plain torch: an AdamW a slot."""
+"""One process, plain torch: an optimizer a slot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from graft.engine.backends.base import OptimizerState
+from graft.engine.backends.optimizers import make_optimizer, read_moments, write_moments
 from graft.recipe.sections import TrainSection
 
 
 class TorchBackend:
-    """Steps every slot with its own AdamW (arXiv 1711.05101) in this process."""
+    """Steps every slot with its own optimizer in this process."""
 
     world_size = 1
     world_rank = 0
@@ -22,7 +23,7 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self._parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
-        self._optimizers: dict[str, torch.optim.AdamW] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def attach(
         self,
@@ -31,19 +32,12 @@ class TorchBackend:
         settings: TrainSection,
         lr_scale: Callable[[str], float],
     ) -> None:
-        """Makes the slot's AdamW."""
+        """Makes the slot's optimizer."""
         self._parameters[slot] = parameters
-        self._optimizers[slot] = torch.optim.AdamW(
-            groups_by_scale(parameters, lr_scale),
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimizers[slot] = make_optimizer(settings, groups_by_scale(parameters, lr_scale))
 
     def detach(self, slot: str) -> None:
-        """Drops the slot's AdamW."""
+        """Drops the slot's optimizer."""
         del self._parameters[slot], self._optimizers[slot]
 
     def forward_backward_count(self, local: int) -> int:
@@ -87,20 +81,15 @@ class TorchBackend:
         """Copies of the slot's moments."""
         optimizer = self._optimizers[slot]
         return {
-            key: {name: value.detach().cpu().clone() for name, value in optimizer.state[p].items()}
-            for key, p in self._parameters[slot].items()
-            if p in optimizer.state
+            key: read_moments(optimizer, parameter)
+            for key, parameter in self._parameters[slot].items()
+            if parameter in optimizer.state
         }
 
     def load_optimizer_state(self, slot: str, state: OptimizerState) -> None:
         """Puts moments back."""
-        optimizer = self._optimizers[slot]
-        for key, of_parameter in state.items():
-            parameter = self._parameters[slot][key]
-            optimizer.state[parameter] = {
-                name: value.clone().to("cpu" if name == "step" else parameter.device)
-                for name, value in of_parameter.items()
-            }
+        for key, moments in state.items():
+            write_moments(self._optimizers[slot], self._parameters[slot][key], moments)
 
 
 def groups_by_scale(

@@ -6,8 +6,10 @@ Shapes: N rows, T tokens, I in_features, O out_features.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,11 +26,7 @@ _SEPARATOR = "__at__"
 
 
 class ActiveRouting(threading.local):
-    """What the layers of one model see of the current forward pass of their thread.
-
-    It stays until the next forward pass, because a checkpointed backward pass recomputes the
-    layers.
-    """
+    """What the layers of one model see of the current forward pass of their thread."""
 
     def __init__(self) -> None:
         self.slots: list[tuple[Slot, int, int]] = []
@@ -39,6 +37,20 @@ class ActiveRouting(threading.local):
         """Where methods leave figures about themselves; None where nobody asks."""
         self.real: torch.Tensor | None = None
         """Which tokens are no padding, `[rows, tokens]`; None: all, or nobody asks for figures."""
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """Returns a context in which all is as it is now: for layers that run a second time."""
+        return _restored(self, dict(vars(self)))
+
+
+@contextmanager
+def _restored(active: ActiveRouting, then: dict[str, Any]) -> Iterator[None]:
+    now = dict(vars(active))
+    vars(active).update(then)
+    try:
+        yield
+    finally:
+        vars(active).update(now)
 
 
 @dataclass(frozen=True)

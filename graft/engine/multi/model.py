@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -222,6 +222,10 @@ class MultiAdapterModel:
             yield self._active.observed
         finally:
             self._active.observed = None
+
+    def routing_as_now(self) -> AbstractContextManager[None]:
+        """Returns a context in which layers see the rows of the latest forward pass until now."""
+        return self._active.as_now()
 
     def hidden(
         self,

@@ -41,9 +41,8 @@ class Prefix:
         )
         """Virtual tokens of each row."""
         device = found[0].device
-        self._slot_N = torch.repeat_interleave(
-            torch.arange(len(slots), device=device), torch.tensor(num_rows, device=device)
-        )
+        of_rows = [at for at, rows in enumerate(num_rows) for _ in range(rows)]
+        self._slot_N = torch.tensor(of_rows, device=device)
         self._lengths_N = torch.tensor(self.num_tokens, device=device)
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,3 +99,31 @@ class PrefixCache(Cache):
         """Returns the prefix and the new keys and values behind it, `[N, H, P + T, D]`."""
         keys, values = self._prefix.rows(layer_idx)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+
+class RecordingCache(Cache):
+    """Takes down the keys and values of one forward pass that has nothing before it.
+
+    A layer that runs again in the backward pass finds nothing there either.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._layers: dict[int, torch.Tensor] = {}
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what it is given, each `[N, H, T, D]`."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = torch.stack([key_states, value_states])
+        return key_states, value_states
+
+    def key_values(self) -> torch.Tensor:
+        """What was taken down, `[L, 2, N, H, T, D]`."""
+        return torch.stack([self._layers[layer] for layer in sorted(self._layers)])

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from graft.core.errors import AdapterError, ConfigError, ModelError
+from graft.core.errors import AdapterError, ModelError
 from graft.core.seeds import derive_seed
 from graft.engine.kv_cache import require_full_attention
 from graft.engine.multi.attention import attention_kernel
 from graft.engine.multi.layer import ActiveRouting
-from graft.engine.multi.prefix import Prefix
+from graft.engine.multi.prefix import Prefix, RecordingCache
 from graft.engine.multi.routing import Routing
 from graft.methods.virtual import SITE, BaseShape, VirtualMethod
 from graft.models import load_tokenizer_in
@@ -82,13 +82,12 @@ class FrozenModel:
         """Reads rows of input embeddings; of each returns keys and values in every layer."""
         self._active.slots, self._active.streams = [], {}
         self._active.num_rows = embeddings_SPE.shape[0]
-        cache = DynamicCache(config=self._base.config)
+        cache = RecordingCache()
         with attention_kernel(embeddings_SPE.shape[1], embeddings_SPE.device):
             self._base.get_decoder()(
                 inputs_embeds=embeddings_SPE, past_key_values=cache, use_cache=True
             )
-        layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]
-        return torch.stack(layers).unbind(2)
+        return cache.key_values().unbind(2)
 
 
 class _VirtualTokens(nn.Module):
@@ -183,16 +182,7 @@ class PromptSlots:
         *,
         trainable: bool,
     ) -> None:
-        """Puts a slot on.
-
-        Raises:
-            ConfigError: It is to train, and the base recomputes its layers.
-        """
-        if trainable and self._base.is_gradient_checkpointing:
-            raise ConfigError(
-                f"method {method.type} does not train under scale.gradient_checkpointing: "
-                "recomputed layers keep no keys and values; set it to false"
-            )
+        """Puts a slot on."""
         module = _VirtualTokens(method, self._frozen.shape, tensors[SITE])
         for key, parameter in module.named_parameters():
             parameter.requires_grad_(trainable and key not in method.frozen)

@@ -13,7 +13,6 @@ from graft.core.errors import ConfigError, ModelError
 from graft.engine.checkpoint import newest_checkpoint, save_checkpoint
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.multi import AdapterTensors, MultiAdapterModel, Routing
-from graft.engine.recompute import recompute_layers
 from graft.engine.train import Trainer
 from graft.methods.base import METHODS, Method
 from graft.recipe.sections import Recipe
@@ -260,12 +259,3 @@ def test_a_base_without_a_cache_of_every_token_is_refused(name: str, base: Any) 
     model = MultiAdapterModel(base())
     with pytest.raises(ModelError, match=f"method {name}\\) need a KV cache .* or method lora"):
         model.fresh_tensors(METHODS.build(name))
-
-
-def test_recomputed_layers_are_refused_in_the_recipe_and_on_the_base() -> None:
-    with pytest.raises(ValueError, match="prompt does not train under"):
-        make_recipe(method="prompt", scale={"gradient_checkpointing": True})
-    model = MultiAdapterModel(tiny_model())
-    recompute_layers(model.base)
-    with pytest.raises(ConfigError, match="recomputed layers keep no keys and values"):
-        model.add_slot("a", METHODS.build("prompt"), trainable=True)

@@ -12,7 +12,7 @@ from graft.core.errors import ConfigError, DataError
 from graft.data import load_examples
 from graft.data.section import DataSection
 from graft.pipelines.renewal_data import compose
-from graft.recipe.sections import LoopSection
+from graft.recipe.operation import LoopSection
 
 
 def row(question: str) -> dict[str, Any]:

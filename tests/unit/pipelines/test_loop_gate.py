@@ -10,7 +10,7 @@ from graft.artifacts import MetricValue
 from graft.engine.evaluate import EvalReport
 from graft.metrics.base import METRICS
 from graft.pipelines.renewal_gate import Comparison, compare, judge
-from graft.recipe.sections import GateSection
+from graft.recipe.operation import GateSection
 
 
 def report(metric: str, scores: list[float]) -> EvalReport:

@@ -188,6 +188,27 @@ def test_a_combination_that_is_refused_is_left_to_the_search(load: Load) -> None
         space.fix({"scale/zero_stage": 2, "scale/backend": "torch"})
 
 
+def test_stage_offload_and_checkpointing_may_be_searched(load: Load) -> None:
+    space = load(
+        "scale:\n"
+        "  workers: 2\n"
+        "  zero_stage: {choice: [0, 1, 2, 3]}\n"
+        "  offload: {optimizer: {choice: [none, cpu]}, parameters: {choice: [none, cpu]}}\n"
+        "  gradient_checkpointing: {choice: [false, true]}\n"
+    )
+    names = ("zero_stage", "offload/optimizer", "offload/parameters", "gradient_checkpointing")
+    assert set(space.holes) == {f"scale/{name}" for name in names}
+    values = dict(zip((f"scale/{name}" for name in names), (3, "cpu", "cpu", True), strict=True))
+    scale = space.fix(values).scale
+    assert (scale.zero_stage, scale.offload.parameters, scale.gradient_checkpointing) == (
+        3,
+        "cpu",
+        True,
+    )
+    with pytest.raises(ConfigError, match=r"offload\.parameters needs `zero_stage: 3`"):
+        space.fix({**values, "scale/zero_stage": 2})
+
+
 def test_a_space_whose_every_combination_is_refused_says_why(load: Load) -> None:
     with pytest.raises(ConfigError, match=r"is below scale\.workers"):
         load("scale: {workers: {choice: [16, 32]}}\n")

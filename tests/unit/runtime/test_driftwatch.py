@@ -10,7 +10,7 @@ import pytest
 
 from graft.core.errors import DataError, ServingError
 from graft.core.events import read_events
-from graft.recipe.sections import WatchSection
+from graft.recipe.operation import WatchSection
 from graft.runtime.driftwatch import DriftWatch, MonitorSettings, Reference, RenewalOutcome
 from graft.runtime.loopstate import (
     JOURNAL,

@@ -19,7 +19,7 @@ from graft.compressors.folder import save_adapter
 from graft.data.template import ChatTemplate
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.lora import LoraMethod
-from graft.recipe.sections import TenantSection
+from graft.recipe.operation import TenantSection
 from graft.serving.catalog import Catalog
 from graft.serving.engines.native import NativeEngine
 from graft.serving.gateway import Gateway, Served

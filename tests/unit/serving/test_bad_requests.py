@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from graft.core.errors import ConfigError
-from graft.recipe.sections import TenantSection
+from graft.recipe.operation import TenantSection
 from graft.serving.door import MAX_BODY_BYTES
 from graft.serving.tenants import read_tenants
 from tests.unit.serving.conftest import ALICE, BOB, KEYS, TENANTS, Site
