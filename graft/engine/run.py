@@ -89,7 +89,7 @@ def load_run(recipe: Recipe, home: Path) -> LoadedRun:
     prepared = prepare_parts(recipe.parts, template)
     model = MultiAdapterModel(load_model(ready, recipe.model))
     if recipe.scale.gradient_checkpointing:
-        recompute_layers(model.base)
+        recompute_layers(model)
     judges = RewardModels(model, ready, template, home)
     judges.load(recipe)
     return LoadedRun(recipe, ready, model, template, prepared, judges)
