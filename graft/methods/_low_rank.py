@@ -21,7 +21,7 @@ def low_rank_product(
     rows, tokens, width = x_NTI.shape
     if len(set(routing.num_rows)) == 1:
         x_SMI = x_NTI.reshape(num_slots, rows // num_slots * tokens, width)
-        return (x_SMI @ a_SIR @ b_SRO).view(rows, tokens, -1)
+        return (x_SMI @ a_SIR @ b_SRO).view(rows, tokens, b_SRO.shape[-1])
     slot_N = routing.slot_of_row(x_NTI.device)
     return x_NTI @ a_SIR[slot_N] @ b_SRO[slot_N]
 
