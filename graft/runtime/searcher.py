@@ -35,7 +35,7 @@ def executor_of(recipe: Recipe) -> Executor:
     scale = recipe.scale
     obstacles = [
         (not type(recipe.method).packable, f"method {recipe.method.type} has no packed form"),
-        (scale.workers > 1, f"scale.workers is {scale.workers}"),
+        (scale.max_workers > 1, f"scale.workers is {scale.max_workers}"),
         (scale.zero_stage > 0, f"scale.zero_stage is {scale.zero_stage}"),
         (scale.backend == "deepspeed", "scale.backend is deepspeed"),
     ]

@@ -3,28 +3,46 @@
 The driver (a Tune function, or the `train` pipeline) calls `train_on_workers`; Ray Train starts the
 workers, each of which loads the base and runs the same loop over its share of every step's rows.
 All state is in the run's folder, in our own format: Ray's storage is not read back.
+
+Ray Train is given a fixed number of workers each time, and this module chooses it: Ray's own
+elastic policy learns of a lost node up to 20 s late, waits without end below its minimum and ends
+workers in the middle of a step. Here workers leave after a step, with a checkpoint of it, when a
+node of theirs is being taken away or there is room for more of them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from graft.core.errors import ConfigError, GraftError, TrainingError
-from graft.engine.run import TrainResult, load_run, read_result, train_run
-from graft.engine.run_folder import Report
+from graft.core.errors import GraftError, TrainingError
+from graft.engine.checkpoint import newest_step
+from graft.engine.run import TrainResult, read_result
+from graft.engine.run_folder import CHECKPOINTS
 from graft.recipe.sections import Recipe
+from graft.runtime.nodes import require_disks
+from graft.runtime.placement import (
+    Places,
+    WorkerNeeds,
+    find_room,
+    worker_needs,
+    worker_resources,
+)
+from graft.runtime.worker import LEAVE_FILE, WorkerConfig, work
 
 if TYPE_CHECKING:
-    from ray.train import ScalingConfig, TrainingFailedError, UserCallback
+    from ray.train import TrainingFailedError, UserCallback
 
-_MAX_RESTARTS = 2
+_MAX_VAIN_RESTARTS = 2
 _START_TIMEOUT_S = 180
-_CPUS_PER_WORKER = 0.95
-"""A little less than a core, so that a Tune trial beside its workers fits on the same machine."""
+_WATCH_EVERY_S = 1.0
+_NO_ROOM = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +58,15 @@ def train_on_workers(
     folder: Path,
     eval_rows: int = 0,
     callbacks: Sequence[UserCallback] = (),
+    leaves: Callable[[], bool] = lambda: False,
+    grow_after_s: float = 60.0,
 ) -> TrainResult:
     """Trains a recipe on `scale.workers` workers; goes on where the folder's newest checkpoint is.
 
     A Ray session must exist. Every worker gives the same flat report (`steps`, `train/loss`,
     `eval/...`) to `ray.train.report`, so that `TuneReportCallback()` in `callbacks` passes it on
-    where this runs inside a Tune function. Lost workers are replaced twice, from the checkpoint.
+    where this runs inside a Tune function. Lost workers are replaced, from the checkpoint; after
+    two losses in a row without a new checkpoint no more.
 
     Args:
         recipe: Complete.
@@ -53,141 +74,141 @@ def train_on_workers(
         folder: The run's own, seen by every node.
         eval_rows: Held-out rows measured at each report; 0 measures none.
         callbacks: Of Ray Train; they run in its controller.
+        leaves: Whether the run is to end after the step it is at, to be continued another time.
+        grow_after_s: Elastic workers become more at the earliest so long after they started.
 
     Raises:
-        ConfigError: The cluster is too small for `scale.workers`.
+        ConfigError: The cluster is too small for `scale.workers`, or a disk for what is swapped.
         GraftError: What a worker raised, with the worker's own message.
-        TrainingError: Workers died or could not be started.
+        TrainingError: Workers died again and again, found no room, or the run has left.
     """
-    scaling = scaling_config(recipe)
-    for restart in range(_MAX_RESTARTS + 1):
+    require_disks(recipe, home)
+    needs = worker_needs(recipe)
+    config = WorkerConfig(
+        recipe=recipe.model_dump_json(),
+        home=str(home),
+        folder=str(folder),
+        eval_rows=eval_rows,
+        working_folder=os.getcwd(),
+    )
+    num_vain = 0
+    while True:
+        step = newest_step(folder / CHECKPOINTS)
         try:
-            _fit(recipe, scaling, home, folder, eval_rows, list(callbacks))
-            break
+            count = find_room(needs)
+            with _watch(folder, needs, count, leaves, grow_after_s):
+                if _fit(count, needs.uses_gpu, config, list(callbacks)):
+                    return read_result(folder)
         except LostWorkersError as error:
-            if restart == _MAX_RESTARTS:
+            num_vain = 0 if newest_step(folder / CHECKPOINTS) > step else num_vain + 1
+            if num_vain > _MAX_VAIN_RESTARTS:
                 raise
             _log.warning("%s; going on from the newest checkpoint", error)
-    return read_result(folder)
+        step = newest_step(folder / CHECKPOINTS)
+        if leaves():
+            raise TrainingError(
+                f"{recipe.name!r} was told to end; step {step} is kept, and the same command goes "
+                "on from there"
+            )
 
 
-def scaling_config(recipe: Recipe) -> ScalingConfig:
-    """Says what the workers of a run occupy.
-
-    Raises:
-        ConfigError: The cluster will never have room for them.
-    """
-    import ray
-    from ray.train import ScalingConfig
-
-    workers = recipe.scale.workers
-    resources = ray.cluster_resources()
-    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if workers > num_cpus:
-        raise ConfigError(
-            f"scale.workers is {workers} and the Ray cluster has {num_cpus} CPUs; set "
-            f"scale.workers to at most {num_cpus}, or join a larger cluster (RAY_ADDRESS)"
-        )
-    use_gpu = recipe.model.device != "cpu" and num_gpus > 0
-    if use_gpu and workers > num_gpus:
-        raise ConfigError(
-            f"scale.workers is {workers} and the Ray cluster has {num_gpus} GPUs; set "
-            f"scale.workers to at most {num_gpus}, or model.device to cpu"
-        )
-    return ScalingConfig(
-        num_workers=workers,
-        use_gpu=use_gpu,
-        resources_per_worker={"CPU": _CPUS_PER_WORKER, **({"GPU": 1} if use_gpu else {})},
-    )
-
-
-def _fit(
-    recipe: Recipe,
-    scaling: ScalingConfig,
-    home: Path,
+@contextmanager
+def _watch(
     folder: Path,
-    eval_rows: int,
-    callbacks: list[UserCallback],
-) -> None:
+    needs: WorkerNeeds,
+    count: int,
+    leaves: Callable[[], bool],
+    grow_after_s: float,
+) -> Iterator[None]:
+    """Tells the workers to leave once the run is to end, or there is room for more of them."""
+    file, is_over = folder / LEAVE_FILE, threading.Event()
+    places = Places(needs.resources, needs.largest - count)
+    started = time.monotonic()
+
+    def look() -> None:
+        while not is_over.wait(_WATCH_EVERY_S):
+            may_grow = count < needs.largest and time.monotonic() - started > grow_after_s
+            if leaves() or (may_grow and places.num_placed()):
+                folder.mkdir(parents=True, exist_ok=True)
+                file.touch()
+                return
+
+    file.unlink(missing_ok=True)
+    thread = threading.Thread(target=look, name="watch-workers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        places.free()
+        file.unlink(missing_ok=True)
+
+
+def _fit(count: int, uses_gpu: bool, config: WorkerConfig, callbacks: list[UserCallback]) -> bool:
+    """Runs a fixed number of workers; returns whether the run is complete."""
     # Ray Train reads these when the run starts; a report would otherwise wait up to 2 s for a poll.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
-    from ray.train import FailureConfig, RunConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "recipe": recipe.model_dump_json(),
-            "home": str(home),
-            "folder": str(folder),
-            "eval_rows": eval_rows,
-            "working_folder": os.getcwd(),
-        },
-        scaling_config=scaling,
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        work,
+        train_loop_config=config.model_dump(),
+        scaling_config=ScalingConfig(
+            num_workers=count,
+            use_gpu=uses_gpu,
+            resources_per_worker=worker_resources(uses_gpu=uses_gpu),
+        ),
+        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
         run_config=RunConfig(
             name="ray",
-            storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            storage_path=config.folder,
+            failure_config=FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
             callbacks=callbacks,
         ),
     )
     try:
-        trainer.fit()
+        return bool(trainer.fit().return_value)
     except TrainingFailedError as error:
         raise _in_words(error) from error
 
 
 def _in_words(error: TrainingFailedError) -> GraftError:
     """Finds the worker that raised by itself: its neighbours only echo that it is gone."""
-    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import PreemptionError
 
+    if isinstance(error, PreemptionError):
+        return LostWorkersError(f"a node was taken away: {error}")
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
     for cause in causes.values():
         if isinstance(cause, GraftError):
             return cause
     for rank, cause in causes.items():
-        # Ray's and Ray Train's own classes mean that the process is gone, not that it raised.
-        if isinstance(cause, RayError) or type(cause).__module__.startswith("ray."):
-            return LostWorkersError(f"worker {rank} was lost: {cause}")
+        if not _tells_of_another(cause):
+            return TrainingError(f"worker {rank}: {type(cause).__name__}: {cause}")
     for rank, cause in causes.items():
-        return TrainingError(f"worker {rank}: {type(cause).__name__}: {cause}")
+        first_line = str(cause).strip().partition("\n")[0]
+        return LostWorkersError(f"worker {rank} was lost, or lost its neighbour: {first_line}")
     cause = getattr(error, "controller_failure", error)
+    if type(cause).__name__ in _NO_ROOM:
+        return LostWorkersError(f"the workers' places were taken meanwhile: {cause}")
     return TrainingError(f"the workers could not be started: {cause}")
 
 
-def _work(config: dict[str, Any]) -> None:
-    """Runs in every worker."""
-    import ray.train
-    import torch
+def _tells_of_another(cause: Exception) -> bool:
+    """Tells whether an error says only that some process is gone.
 
-    # Ray Train moves workers into a folder of its own; a recipe's paths are the driver's.
-    if Path(config["working_folder"]).is_dir():
-        os.chdir(config["working_folder"])
-    recipe = Recipe.model_validate_json(config["recipe"])
-    context = ray.train.get_context()
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(recipe.scale.threads or max(1, cores // context.get_local_world_size()))
-    if torch.cuda.is_available():
-        from ray.train.torch import get_device
+    Ray's and Ray Train's own classes do, and what torch raises when a connection breaks; gloo's
+    errors have no class of their own.
+    """
+    from ray.exceptions import RayError
+    from torch.distributed import DistError
 
-        torch.cuda.set_device(get_device())
-
-    from graft.engine.backends.deepspeed import DeepSpeedBackend
-
-    home, folder = Path(config["home"]), Path(config["folder"])
-    run = load_run(recipe, home)
-
-    def report(said: Report) -> None:
-        ray.train.report(dict(said))
-
-    train_run(
-        run,
-        folder,
-        home=home,
-        backend=DeepSpeedBackend(run.model, recipe.scale) if recipe.scale.needs_deepspeed else None,
-        eval_rows=config["eval_rows"],
-        on_report=report,
-    )
+    is_ray = isinstance(cause, RayError) or type(cause).__module__.startswith("ray.")
+    return is_ray or isinstance(cause, DistError) or "/gloo/" in str(cause)

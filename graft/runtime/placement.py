@@ -1,0 +1,173 @@
+"""Room on the cluster: what may stand where, how many workers fit now, and whether more fit later.
+
+Drivers (the actors that start workers and wait for them) stand on the head node, for it is never a
+preemptible one: a cluster does not outlive its head.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from graft.core.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from graft.recipe.sections import Recipe
+
+ON_HEAD = {"node:__internal_head__": 0.0001}
+"""Resources of an actor that must stand on the head node; the least that Ray can count."""
+
+_CPUS_PER_WORKER = 0.95
+"""A little less than a core, so that a Tune trial beside its workers fits on the same machine."""
+_SETTLE_S = 3.0
+_SAY_AFTER_S = 5.0
+_WAIT_S = 180.0
+_AUTOSCALER_WAIT_S = 900.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerNeeds:
+    """What the workers of one run occupy."""
+
+    resources: dict[str, float]
+    """Of each worker: CPU, and a GPU where it computes on one."""
+    smallest: int
+    """So many workers at least."""
+    largest: int
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Tells whether a worker has a GPU of its own."""
+        return "GPU" in self.resources
+
+
+def worker_needs(recipe: Recipe) -> WorkerNeeds:
+    """Says what the workers of a run occupy.
+
+    Raises:
+        ConfigError: The cluster will never have room for the smallest number of them.
+    """
+    smallest, largest = recipe.scale.min_workers, recipe.scale.max_workers
+    most = _most()
+    num_cpus, num_gpus = int(most.get("CPU", 0)), int(most.get("GPU", 0))
+    if smallest > num_cpus:
+        raise ConfigError(
+            f"scale.workers is {smallest} and the Ray cluster has {num_cpus} CPUs; set "
+            f"scale.workers to at most {num_cpus}, or join a larger cluster (RAY_ADDRESS)"
+        )
+    uses_gpu = recipe.model.device != "cpu" and num_gpus > 0
+    if uses_gpu and smallest > num_gpus:
+        raise ConfigError(
+            f"scale.workers is {smallest} and the Ray cluster has {num_gpus} GPUs; set "
+            f"scale.workers to at most {num_gpus}, or model.device to cpu"
+        )
+    return WorkerNeeds(worker_resources(uses_gpu=uses_gpu), smallest, largest)
+
+
+def worker_resources(*, uses_gpu: bool) -> dict[str, float]:
+    """Returns what Ray counts for one worker."""
+    return {"CPU": _CPUS_PER_WORKER} | ({"GPU": 1.0} if uses_gpu else {})
+
+
+def capacity(resources: dict[str, float]) -> int:
+    """Counts the workers of some resources that the nodes could hold if they held nothing else."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(int(node.get(name, 0.0) // amount) for name, amount in resources.items())
+        for node in nodes
+    )
+
+
+class Places:
+    """Places asked of the cluster, each for one worker: what is placed is kept until it is freed.
+
+    While they are open the autoscaler, where there is one, sees what is wanted.
+    """
+
+    def __init__(self, resources: dict[str, float], count: int) -> None:
+        from ray.util.placement_group import placement_group
+
+        self._groups: list[Any] = [placement_group([resources]) for _ in range(count)]
+
+    def num_placed(self) -> int:
+        """Counts the places that there are by now."""
+        from ray.util import placement_group_table
+
+        return sum(placement_group_table(group)["state"] == "CREATED" for group in self._groups)
+
+    def free(self) -> None:
+        """Gives all places up."""
+        from ray.util.placement_group import remove_placement_group
+
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups = []
+
+
+def find_room(needs: WorkerNeeds, wait_s: float | None = None) -> int:
+    """Counts the workers that fit now, up to the largest number; waits for the smallest.
+
+    Args:
+        needs: Of the run.
+        wait_s: At most so long; None waits a few minutes, longer where an autoscaler may add nodes.
+
+    Raises:
+        TrainingError: The smallest number did not fit in time.
+    """
+    if wait_s is None:
+        wait_s = _AUTOSCALER_WAIT_S if _autoscaled() else _WAIT_S
+    started = time.monotonic()
+    has_said = False
+    places = Places(needs.resources, needs.largest)
+    try:
+        while True:
+            placed, waited_s = places.num_placed(), time.monotonic() - started
+            is_settled = waited_s > _SETTLE_S
+            if placed == needs.largest or (placed >= needs.smallest and is_settled):
+                return placed
+            if waited_s > wait_s:
+                raise TrainingError(f"{_missing(needs, placed)}; gave up after {waited_s:.0f} s")
+            if waited_s > _SAY_AFTER_S and not has_said:
+                _log.warning("%s; waiting up to %.0f s", _missing(needs, placed), wait_s)
+                has_said = True
+            time.sleep(0.2)
+    finally:
+        places.free()
+
+
+def _missing(needs: WorkerNeeds, placed: int) -> str:
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()
+    told = [
+        f"{have.get(name, 0.0):g} {name}s, {max(free.get(name, 0.0), 0.0):.3g} free"
+        for name in needs.resources
+    ]
+    each = " and ".join(f"{amount:g} {name}" for name, amount in needs.resources.items())
+    return (
+        f"scale.workers needs {needs.smallest} workers and there is room for {placed} (each takes "
+        f"{each}; the cluster has {', '.join(told)}): end other work, add nodes or lower "
+        "scale.workers; what was trained is kept, and the same command goes on from there"
+    )
+
+
+def _autoscaled() -> dict[str, float]:
+    """Returns what an autoscaler may grow the cluster to; nothing where there is none."""
+    import ray._private.state
+
+    found = ray._private.state.state.get_max_resources_from_cluster_config()
+    return dict(found or {})
+
+
+def _most() -> dict[str, float]:
+    """Returns what the cluster has, or may grow to."""
+    import ray
+
+    have, may_have = ray.cluster_resources(), _autoscaled()
+    return {name: max(have.get(name, 0), may_have.get(name, 0)) for name in ("CPU", "GPU")}

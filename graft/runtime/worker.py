@@ -1,0 +1,108 @@
+"""What runs in each worker of a Ray Train run: the training loop, and when to leave it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.core.model import StrictModel
+from graft.engine.run import load_run, train_run
+from graft.engine.run_folder import Report
+from graft.engine.trainable import require_trainable
+from graft.models import pick_device
+from graft.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from graft.engine.backends.base import Backend
+
+LEAVE_FILE = "leave"
+"""In a run's folder, the driver's word to the workers: end after this step."""
+
+_ASK_EVERY_S = 2.0
+
+
+class WorkerConfig(StrictModel):
+    """What a worker is given."""
+
+    recipe: str
+    """JSON."""
+    home: str
+    folder: str
+    eval_rows: int
+    working_folder: str
+    """The driver's, to which paths of the recipe relate."""
+
+
+def work(config: dict[str, Any]) -> bool:
+    """Runs in every worker, with the fields of a `WorkerConfig`; returns whether it is complete."""
+    import ray.train
+    import torch
+
+    # Ray Train moves workers into a folder of its own; a recipe's paths are the driver's.
+    if Path(config["working_folder"]).is_dir():
+        os.chdir(config["working_folder"])
+    recipe = Recipe.model_validate_json(config["recipe"])
+    context = ray.train.get_context()
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(recipe.scale.threads or max(1, cores // context.get_local_world_size()))
+    if torch.cuda.is_available():
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+
+    from graft.engine.backends.deepspeed import DeepSpeedBackend
+    from graft.engine.backends.torch import TorchBackend
+
+    home, folder = Path(config["home"]), Path(config["folder"])
+    require_trainable(recipe, pick_device(recipe.model))
+    run = load_run(recipe, home)
+
+    def report(said: Report) -> None:
+        ray.train.report(dict(said))
+
+    backend: Backend = (
+        DeepSpeedBackend(run.model, recipe.scale)
+        if recipe.scale.needs_deepspeed
+        else TorchBackend()
+    )
+    return train_run(
+        run,
+        folder,
+        home=home,
+        backend=backend,
+        eval_rows=config["eval_rows"],
+        on_report=report,
+        leaves=_Leaving(folder, backend),
+    )
+
+
+class _Leaving:
+    """Whether all workers leave after this step; each of them asks after every step.
+
+    They do when the driver's file is there, and when a node of theirs is about to be taken away.
+    The first is looked for, and the second asked of Ray, only every few seconds, by all at once.
+    """
+
+    def __init__(self, folder: Path, backend: Backend) -> None:
+        self._file = folder / LEAVE_FILE
+        self._backend = backend
+        self._asked_s = time.monotonic()
+
+    def __call__(self) -> bool:
+        if not self._any(time.monotonic() - self._asked_s > _ASK_EVERY_S):
+            return False
+        import ray.train
+
+        self._asked_s = time.monotonic()
+        is_first = self._backend.world_rank == 0
+        if self._any(is_first and self._file.exists()):
+            return True
+        return ray.train.get_preemption_info() is not None
+
+    def _any(self, is_so: bool) -> bool:
+        """Tells whether any worker says yes; all get the same answer."""
+        import torch
+
+        return bool(self._backend.all_reduce_sum(torch.tensor(float(is_so))) > 0)
