@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from graft.core.errors import GraftError
 from graft.core.machine import gpu_memory_bytes, host_memory_bytes
 from graft.core.progress import QUIET, Progress
+from graft.engine.backends.nvme import require_nvme
 from graft.engine.backends.ops import build_ops, is_built, ops_of
+from graft.models import resolve_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,3 +97,24 @@ def prepare_ops(scales: Iterable[ScaleSection], progress: Progress = QUIET) -> N
             f"building DeepSpeed's ops {', '.join(ops)} on every node; it takes some minutes, once"
         )
     on_every_node(build_ops, ops)
+
+
+def require_disks(recipe: Recipe, home: Path) -> None:
+    """Refuses a folder to swap to that a node has not, or that cannot hold what is swapped out.
+
+    To be called before workers start.
+
+    Raises:
+        ConfigError: A node's `scale.offload.nvme_path` is absent, full or on a network disk.
+    """
+    from graft.engine.memory.shape import ModelShape
+    from graft.engine.memory.standing import standing_parts
+
+    offload = recipe.scale.offload
+    if offload.nvme_path is None or "nvme" not in (offload.optimizer, offload.parameters):
+        return
+    shape = ModelShape.of(resolve_model(recipe.model, home))
+    parts = standing_parts(recipe, shape, "cpu", slots=1)
+    of_worker = sum(part.size_bytes for part in parts if part.place == "nvme")
+    # All workers may come to sit on one node.
+    on_every_node(require_nvme, Path(offload.nvme_path), of_worker * recipe.scale.min_workers)

@@ -73,6 +73,17 @@ def test_more_workers_than_cpus_are_refused_in_words(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_is_not_there_is_refused_before_workers_start(
+    tmp_path: Path, model_folder: Path, data_folder: Path, ray_cpus: int
+) -> None:
+    offload = {"parameters": "nvme", "nvme_path": str(tmp_path / "away")}
+    scale = {"workers": 2, "zero_stage": 3, "offload": offload}
+    recipe = recipe_for(model_folder, data_folder, scale=scale)
+    with pytest.raises(ConfigError, match=r"node .*nvme_path: there is no folder .*away; make it"):
+        train_on_workers(recipe, home=tmp_path, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_an_error_in_a_worker_arrives_as_it_was_raised(
     tmp_path: Path, model_folder: Path, ray_cpus: int
