@@ -8,6 +8,7 @@
     ├── MissingDependencyError (ImportError)   an optional package is not installed           exit 2
     ├── GateRefusedError       (RuntimeError)  a parity or quality gate said no               exit 3
     ├── TrainingError          (RuntimeError)  a run broke: NaN, lost worker, bad checkpoint  exit 1
+    │   └── DeviceMemoryError                  a run needed more memory than its device has   exit 1
     ├── CompressionError       (RuntimeError)  a compressor could not keep its promise        exit 1
     └── ServingError           (RuntimeError)  an engine, a replica or the gateway failed     exit 1
 
@@ -64,6 +65,10 @@ class GateRefusedError(GraftError, RuntimeError):
 
 class TrainingError(GraftError, RuntimeError):
     """A training run broke."""
+
+
+class DeviceMemoryError(TrainingError):
+    """A run needed more memory than its device has."""
 
 
 class CompressionError(GraftError, RuntimeError):

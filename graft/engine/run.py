@@ -80,10 +80,11 @@ def load_run(recipe: Recipe, home: Path) -> LoadedRun:
     """
     from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
+    from graft.engine.memory.free import wait_until_free
     from graft.engine.reward_models import RewardModels
     from graft.models import load_model, load_tokenizer, require_device, resolve_model
 
-    require_device(recipe.model)
+    wait_until_free(require_device(recipe.model))
     ready = resolve_model(recipe.model, home)
     template = ChatTemplate(load_tokenizer(ready))
     prepared = prepare_parts(recipe.parts, template)

@@ -1,15 +1,23 @@
-"""`plan`: what a search would do, without doing any of it."""
+"""`plan`: what a search would do, need and cost, without doing any of it."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, GraftError
 from graft.core.model import Listed, StrictModel
 from graft.core.spaces import Choice
 from graft.methods.support import MethodSupport, method_support
+from graft.pipelines.plan_memory import PlannedMemory, Target, find_target, plan_memory
+from graft.pipelines.plan_time import PlannedTime, plan_time
 from graft.recipe.holes import middle
 from graft.recipe.space import RecipeSpace, describe_space
+
+if TYPE_CHECKING:
+    from graft.engine.memory.cap import MemoryCap
+    from graft.engine.memory.shape import ModelShape
+    from graft.recipe.sections import Recipe
 
 _MAX_BRANCHES = 64
 
@@ -32,6 +40,8 @@ class PlannedBranch(StrictModel):
     executor: Literal["packed", "dedicated", "refused"]
     reason: str
     """Why it is refused; empty otherwise."""
+    memory: PlannedMemory | None = None
+    """At its worst point; None where the base's shape is not known."""
 
 
 class Plan(StrictModel):
@@ -46,11 +56,50 @@ class Plan(StrictModel):
     parameters: Listed[PlannedParameter]
     branches: Listed[PlannedBranch]
     compatibility: Listed[MethodSupport]
+    hardware: str
+    """What memory and time are planned for."""
+    time: PlannedTime | None
+    """None where the base's shape or the device's speed is not known."""
+    unknown: str = ""
+    """Why there is no memory or time."""
 
 
-def plan(space: RecipeSpace) -> Plan:
-    """Resolves a recipe's space; reads no data and no model."""
+def plan(
+    space: RecipeSpace,
+    *,
+    home: Path,
+    gpu: str | None = None,
+    cluster: Path | None = None,
+    price: float | None = None,
+    host_memory: str | None = None,
+) -> Plan:
+    """Resolves a recipe's space and predicts its memory and time; loads no weights.
+
+    Args:
+        space: The recipe.
+        home: Where models are kept.
+        gpu: Accelerators, `4x A100-40GB`; None is this machine.
+        cluster: A `ray up` or KubeRay file whose accelerators are meant.
+        price: Dollars an hour of one device.
+        host_memory: Of the host for each GPU, `256GB`; None is a usual one.
+
+    Raises:
+        ConfigError: The hardware is not understood.
+    """
     sections = space.sections()
+    target = find_target(gpu, cluster, space.example(), host_memory)
+    found: list[tuple[PlannedBranch, Recipe | None]] = [
+        _branch(space, choices) for choices in _branches(space)
+    ]
+    planned, unknown = None, ""
+    try:
+        shape = _shape(space.example(), home)
+        found = _with_memory(space, found, shape, target)
+        planned = _time(found, shape, target, space, home, price)
+    except GraftError as error:
+        unknown = str(error)
+    if planned is None and not unknown:
+        unknown = f"nothing is known of the speed of {target.name}; name it with --gpu"
     return Plan(
         name=sections.name,
         trials=1 if space.is_complete else sections.search.trials,
@@ -65,9 +114,19 @@ def plan(space: RecipeSpace) -> Plan:
             )
             for name, known in space.holes.items()
         ),
-        branches=tuple(_branch(space, choices) for choices in _branches(space)),
+        branches=tuple(branch for branch, _ in found),
         compatibility=method_support(),
+        hardware=target.name,
+        time=planned,
+        unknown=unknown,
     )
+
+
+def _shape(recipe: Recipe, home: Path) -> ModelShape:
+    from graft.engine.memory.shape import ModelShape
+    from graft.models import find_config
+
+    return ModelShape.of(find_config(recipe.model, home))
 
 
 def _branches(space: RecipeSpace) -> list[dict[str, Any]]:
@@ -87,7 +146,7 @@ def _branches(space: RecipeSpace) -> list[dict[str, Any]]:
     return found[:_MAX_BRANCHES]
 
 
-def _branch(space: RecipeSpace, choices: dict[str, Any]) -> PlannedBranch:
+def _branch(space: RecipeSpace, choices: dict[str, Any]) -> tuple[PlannedBranch, Recipe | None]:
     from graft.runtime.searcher import executor_of
 
     labels = {name: str(value) for name, value in choices.items()}
@@ -95,5 +154,81 @@ def _branch(space: RecipeSpace, choices: dict[str, Any]) -> PlannedBranch:
         recipe = space.sample(lambda name, known: choices.get(name, middle(known)))
         executor = executor_of(recipe)
     except ConfigError as error:
-        return PlannedBranch(choices=labels, method="", executor="refused", reason=str(error))
-    return PlannedBranch(choices=labels, method=recipe.method.type, executor=executor, reason="")
+        refused = PlannedBranch(choices=labels, method="", executor="refused", reason=str(error))
+        return refused, None
+    method = recipe.method.type
+    return PlannedBranch(choices=labels, method=method, executor=executor, reason=""), recipe
+
+
+def _with_memory(
+    space: RecipeSpace,
+    found: list[tuple[PlannedBranch, Recipe | None]],
+    shape: ModelShape,
+    target: Target,
+) -> list[tuple[PlannedBranch, Recipe | None]]:
+    from graft.engine.memory.cap import MemoryCap
+
+    cap = MemoryCap(shape, target.limits)
+    return [
+        (_measured(space, branch, choices, cap, target), recipe)
+        for (branch, recipe), choices in zip(found, _branches(space), strict=True)
+    ]
+
+
+def _measured(
+    space: RecipeSpace,
+    branch: PlannedBranch,
+    choices: dict[str, Any],
+    cap: MemoryCap,
+    target: Target,
+) -> PlannedBranch:
+    if branch.executor == "refused":
+        return branch
+    try:
+        memory = plan_memory(
+            space, choices, cap, devices=target.devices, packs=branch.executor == "packed"
+        )
+    except ConfigError as error:
+        return branch.model_copy(update={"executor": "refused", "reason": str(error)})
+    return branch.model_copy(update={"memory": memory})
+
+
+def _time(
+    found: list[tuple[PlannedBranch, Recipe | None]],
+    shape: ModelShape,
+    target: Target,
+    space: RecipeSpace,
+    home: Path,
+    price: float | None,
+) -> PlannedTime | None:
+    """The middle of each kind stands for its trials."""
+    kinds = [recipe for branch, recipe in found if recipe and branch.executor != "refused"]
+    if target.speed is None or not kinds:
+        return None
+    alone = [recipe for branch, recipe in found if recipe and branch.executor == "dedicated"]
+    # A pack has one device; dedicated trials share all of them out.
+    most = max((recipe.scale.max_workers for recipe in alone), default=1)
+    devices = target.devices // most * most if alone else 1
+    if space.is_complete:
+        trials = kinds[0].search.model_copy(update={"trials": 1})
+        kinds = [kinds[0].model_copy(update={"search": trials})]
+        devices = kinds[0].scale.max_workers
+    tokens = [_row_tokens(recipe, home) for recipe in kinds]
+    return plan_time(
+        kinds, shape, target.speed, row_tokens=tokens, devices=max(1, devices), price=price
+    )
+
+
+def _row_tokens(recipe: Recipe, home: Path) -> float:
+    """Mean tokens of a training row where tokenizer and rows are at hand, else the most."""
+    from graft.data.mixture import prepare_parts
+    from graft.data.template import ChatTemplate
+    from graft.engine.memory.workload import Workload
+    from graft.models import find_config, load_tokenizer_in
+
+    try:
+        template = ChatTemplate(load_tokenizer_in(find_config(recipe.model, home)))
+        rows = prepare_parts(recipe.parts, template).train
+    except (GraftError, OSError):
+        return float(Workload.bound(recipe).row_tokens)
+    return sum(len(row.input_ids) for row in rows) / max(1, len(rows))

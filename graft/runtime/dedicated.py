@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graft.core.errors import GraftError
-from graft.runtime.trials import fail_trial
+from graft.core.errors import DeviceMemoryError, GraftError
+from graft.runtime.trials import fail_trial, failure_of
 
 
 def dedicated_trial(config: dict[str, Any]) -> None:
     """A Tune function: trains one trial on its own workers and passes their reports on.
 
-    The config has the trial's `folder`, which holds its recipe and will hold its state, and `home`.
+    The config has the trial's `folder`, which holds its recipe and will hold its state, `home`, and
+    `threads`, the share of a worker in the cluster's cores while others train beside it.
 
     Raises:
         GraftError: What the workers raised; its message is left in the folder for the driver.
@@ -25,6 +26,9 @@ def dedicated_trial(config: dict[str, Any]) -> None:
 
     folder = Path(config["folder"])
     recipe = Recipe.model_validate_json((folder / RECIPE_FILE).read_text())
+    if recipe.scale.threads is None:
+        scale = recipe.scale.model_copy(update={"threads": config["threads"]})
+        recipe = recipe.model_copy(update={"scale": scale})
     try:
         train_on_workers(
             recipe,
@@ -34,5 +38,7 @@ def dedicated_trial(config: dict[str, Any]) -> None:
             callbacks=[TuneReportCallback()],
         )
     except GraftError as error:
-        fail_trial(folder, str(error))
+        if failure_of(folder) is None:  # else a worker has left its own, with a measurement
+            is_killed = isinstance(error, DeviceMemoryError)
+            fail_trial(folder, str(error), needed_bytes=0 if is_killed else None)
         raise

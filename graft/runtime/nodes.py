@@ -28,7 +28,7 @@ def on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
     """Runs a function once on each node that runs workers, all at the same time.
 
     Returns:
-        Address of the node → what the function returned; nodes that died meanwhile are left out.
+        Ray's id of the node → what the function returned; nodes that died meanwhile are left out.
 
     Raises:
         GraftError: What the function raised on a node.
@@ -37,23 +37,26 @@ def on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(function)
-    answers = {
-        str(node["NodeManagerAddress"]): task.options(
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        ).remote(*arguments)
+    nodes = {
+        str(node["NodeID"]): str(node["NodeManagerAddress"])
         for node in ray.nodes()
         if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     }
+    answers = {
+        name: task.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)
+        ).remote(*arguments)
+        for name in nodes
+    }
     found = {}
-    for address, answer in answers.items():
+    for name, answer in answers.items():
         try:
-            found[address] = ray.get(answer)
+            found[name] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if not isinstance(cause, GraftError):
                 raise
-            raise type(cause)(f"node {address}: {cause}") from error
+            raise type(cause)(f"node {nodes[name]}: {cause}") from error
         except ray.exceptions.RayError:  # the node is gone, and runs nothing
             continue
     return found

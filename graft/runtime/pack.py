@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.core.errors import GraftError, TrainingError
+from graft.engine.memory.exhausted import exhausted_bytes
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.run import (
     LoadedRun,
@@ -83,6 +84,7 @@ class Pack:
         template: Of the base; needed where an objective samples answers.
         judges: Reward models that objectives ask.
         lease_s: A trial that has not asked for this long has lost its runner and is removed.
+        fits: Tells whether some trials have room together; one alone always gets a seat.
     """
 
     def __init__(
@@ -95,15 +97,20 @@ class Pack:
         template: ChatTemplate | None = None,
         judges: RewardModels | None = None,
         lease_s: float = 180.0,
+        fits: Callable[[Sequence[Recipe]], bool] = lambda recipes: True,
     ) -> None:
         self._trainer = Trainer(model, template=template, judges=judges)
         self._run_of = run_of
         self._home = home
         self._num_slots = slots
         self._lease_s = lease_s
+        self._fits = fits
+        self._full_at = 0
+        """Trials in training beside which the next one had no room; 0 where it was not tried."""
         self._seats: dict[int, _Seat] = {}
         self._changed = threading.Condition()
         self._broken: str | None = None
+        self._needed_bytes: int | None = None
         self._closed = False
         self._last_step_s = 0.0
         self._thread = threading.Thread(target=self._loop, name="pack", daemon=True)
@@ -163,6 +170,10 @@ class Pack:
         with self._changed:
             return {n: s.state for n, s in self._seats.items() if not s.leaves}
 
+    def needed_bytes(self) -> int | None:
+        """Device memory that the pack asked for when it ran out; None where it did not."""
+        return self._needed_bytes
+
     def close(self) -> None:
         """Ends the loop after its current step and takes all slots off the base."""
         with self._changed:
@@ -185,6 +196,7 @@ class Pack:
         except Exception as error:
             _log.exception("the pack broke")
             with self._changed:
+                self._needed_bytes = exhausted_bytes(error)
                 self._broken = f"the pack broke: {type(error).__name__}: {error}"
                 self._changed.notify_all()
 
@@ -214,16 +226,26 @@ class Pack:
             if not waiting:
                 return
             seat = waiting[0]
+            if not self._has_memory_for(seat):
+                self._full_at = len(self._trainer.slots)
+                return
+            self._full_at = 0
             try:
                 self._seat(seat)
             except (GraftError, ValueError, OSError) as error:
                 self._fail(seat, str(error))
+
+    def _has_memory_for(self, seat: _Seat) -> bool:
+        names = self._trainer.slots
+        recipes = [self._seats[int(name)].run.recipe for name in names if int(name) in self._seats]
+        return not recipes or self._fits([*recipes, seat.run.recipe])
 
     def _seat(self, seat: _Seat) -> None:
         self._vacate(seat)  # of an earlier stay, where the trial came back before it was removed
         recipe, past = seat.run.recipe, read_progress(seat.folder, seat.facts)
         if past is not None:
             seat.reported, seat.seconds = past.state.step, past.report["seconds"]
+            seat.window = past.window
         drop_reports_after(seat.folder, seat.reported)
         if past is not None and recipe.train.ends_with(past.report):
             with self._changed:
@@ -245,13 +267,13 @@ class Pack:
     def _await_ready(self) -> list[str]:
         """Waits until a trial may step, and a moment more for those that stand at a report."""
         with self._changed:
-            seat.window = past.window
             self._changed.wait_for(self._has_work, timeout=1.0)
             self._changed.wait_for(self._is_complete, timeout=min(2.0, self._last_step_s))
             return [str(s.number) for s in self._seats.values() if s.is_ready and not s.leaves]
 
     def _has_work(self) -> bool:
-        has_room = len(self._trainer.slots) < self._num_slots
+        count = len(self._trainer.slots)
+        has_room = count < self._num_slots and not count == self._full_at > 0
         return self._closed or any(
             s.is_ready or s.leaves or (s.state == "waiting" and has_room)
             for s in self._seats.values()

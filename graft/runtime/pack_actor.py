@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graft.recipe.sections import Recipe
 
 if TYPE_CHECKING:
+    from graft.engine.memory.cap import Limits
     from graft.engine.run import LoadedRun
 
 
@@ -22,11 +23,22 @@ class PackActor:
         home: The home folder.
         slots: Trials in training at once.
         threads: For torch.
+        limits: What the machines have; None seats trials without looking at memory.
     """
 
-    def __init__(self, recipe: str, home: str, *, slots: int, threads: int) -> None:
+    def __init__(
+        self,
+        recipe: str,
+        home: str,
+        *,
+        slots: int,
+        threads: int,
+        limits: Limits | None = None,
+    ) -> None:
         import torch
 
+        from graft.engine.memory.cap import MemoryCap
+        from graft.engine.memory.shape import ModelShape
         from graft.engine.run import load_run
         from graft.runtime.pack import Pack
 
@@ -36,6 +48,7 @@ class PackActor:
         self._base = load_run(Recipe.model_validate_json(recipe), self._home)
         self._lock = threading.Lock()
         self._prepared = {self._base.recipe.objective: self._base.prepared}
+        cap = MemoryCap(ModelShape.of(self._base.ready), limits) if limits else None
         self._pack = Pack(
             self._base.model,
             self._run_of,
@@ -43,6 +56,7 @@ class PackActor:
             slots=slots,
             template=self._base.template,
             judges=self._base.judges,
+            fits=cap.fits if cap else lambda recipes: True,
         )
 
     def join(self, number: int, folder: str) -> None:
@@ -61,6 +75,10 @@ class PackActor:
         """Trials in the pack and what they do; answers even while a step runs."""
         return self._pack.seated()
 
+    def needed_bytes(self) -> int | None:
+        """Device memory that the pack asked for when it ran out; None where it did not."""
+        return self._pack.needed_bytes()
+
     def _run_of(self, recipe: Recipe) -> LoadedRun:
         with self._lock:
             prepared = self._prepared.get(recipe.objective)
@@ -75,7 +93,14 @@ class PackActor:
 
 
 def start_pack(
-    name: str, recipe: Recipe, home: Path, *, slots: int, node_cpus: int, num_gpus: int
+    name: str,
+    recipe: Recipe,
+    home: Path,
+    *,
+    slots: int,
+    node_cpus: int,
+    num_gpus: int,
+    limits: Limits | None = None,
 ) -> Any:  # an actor handle, which Ray leaves untyped
     """Starts a pack actor that lives as long as this driver's job.
 
@@ -93,4 +118,6 @@ def start_pack(
         max_concurrency=2 * slots + 8,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
-    return actor.remote(recipe.model_dump_json(), str(home), slots=slots, threads=threads)
+    return actor.remote(
+        recipe.model_dump_json(), str(home), slots=slots, threads=threads, limits=limits
+    )

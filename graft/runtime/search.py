@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +14,24 @@ from ray import tune
 
 from graft.core.errors import MissingDependencyError, TrainingError
 from graft.core.events import EventLog
+from graft.core.process import environment
 from graft.core.progress import Progress, Task
 from graft.core.spaces import Choice, Int
 from graft.engine.run_folder import objective_figures
 from graft.runtime.dedicated import dedicated_trial
+from graft.runtime.memory import KILLED
+from graft.runtime.nodes import find_limits, prepare_ops
 from graft.runtime.pack_actor import start_pack
-from graft.runtime.packed import LIGHT_CPUS, PackedTrial, SeatCallback
+from graft.runtime.packed import PackedTrial, SeatCallback
+from graft.runtime.placement import ON_HEAD, capacity, worker_needs
 from graft.runtime.scheduler import StudyScheduler
-from graft.runtime.searcher import StudySearcher, TrialQueue, metrics_of
+from graft.runtime.searcher import Loss, StudySearcher, TrialQueue, metrics_of
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
 from graft.runtime.trials import ENDED
 
 if TYPE_CHECKING:
+    from graft.engine.memory.cap import Limits, MemoryCap
     from graft.recipe.space import RecipeSpace
 
 EVENTS_FILE = "events.jsonl"
@@ -69,15 +73,19 @@ class Search:
         Raises:
             TrainingError: Trials are lost again and again: their processes die.
         """
-        queue = TrialQueue(self._study, self._space, turn=self._section.pack_slots)
+        memory = self._memory_cap()
+        queue = TrialQueue(self._study, self._space, turn=self._section.pack_slots, memory=memory)
+        prepare_ops((recipe.scale for recipe in self._space.examples()), self._watch.progress)
         if queue.num_resumed:
             self._watch.say("resume", trials=queue.num_resumed)
         vain_rounds = 0
         while (executor := queue.turn_of()) is not None:
             ended = num_ended(self._study)
-            turn = self._packed_turn if executor == "packed" else self._dedicated_turn
             with self._watch:
-                turn(queue)
+                if executor == "packed":
+                    self._packed_turn(queue, memory.limits)
+                else:
+                    self._dedicated_turn(queue)
             vain_rounds = 0 if num_ended(self._study) > ended else vain_rounds + 1
             if vain_rounds == _MAX_VAIN_ROUNDS:
                 raise TrainingError(
@@ -88,7 +96,16 @@ class Search:
                 )
             queue.refill()
 
-    def _packed_turn(self, queue: TrialQueue) -> None:
+    def _memory_cap(self) -> MemoryCap:
+        from graft.engine.memory.cap import MemoryCap
+        from graft.engine.memory.shape import ModelShape
+        from graft.models import find_config
+
+        example = self._space.example()
+        limits = find_limits(example, self._session)._replace(factor=self._study.memory_factor)
+        return MemoryCap(ModelShape.of(find_config(example.model, self._home)), limits)
+
+    def _packed_turn(self, queue: TrialQueue, limits: Limits) -> None:
         slots = self._section.pack_slots
         name = f"graft-pack-{uuid.uuid4().hex[:8]}"
         pack = start_pack(
@@ -98,12 +115,13 @@ class Search:
             slots=slots,
             node_cpus=self._session.node_cpus,
             num_gpus=self._session.num_gpus,
+            limits=limits,
         )
         try:
             ray.get(pack.seated.remote())  # what is wrong with the model is said once, here
             self._fit(
-                tune.with_resources(PackedTrial, {"cpu": LIGHT_CPUS}),
-                StudySearcher(queue, "packed", on_lost=lambda: not _answers(pack)),
+                tune.with_resources(PackedTrial, ON_HEAD),
+                StudySearcher(queue, "packed", on_lost=lambda: _loss_of(pack)),
                 concurrent=slots,
                 config={"pack": name},
                 callbacks=[SeatCallback(pack)],
@@ -112,14 +130,18 @@ class Search:
             ray.kill(pack)
 
     def _dedicated_turn(self, queue: TrialQueue) -> None:
-        total = ray.cluster_resources()
-        workers = self._space.example().scale.workers
-        units = total.get("GPU") or total.get("CPU", 1.0)
+        needs = worker_needs(self._space.example())
+        workers = max(recipe.scale.max_workers for recipe in self._space.examples())
+        concurrent = max(1, capacity(needs.resources) // workers)
+        cpus = ray.cluster_resources().get("CPU", 1.0)
         self._fit(
-            tune.with_resources(dedicated_trial, {"cpu": LIGHT_CPUS}),
+            tune.with_resources(dedicated_trial, ON_HEAD),
             StudySearcher(queue, "dedicated"),
-            concurrent=max(1, int(units // workers)),
-            config={"home": str(self._home)},
+            concurrent=concurrent,
+            config={
+                "home": str(self._home),
+                "threads": max(1, int(cpus // (concurrent * workers))),
+            },
             callbacks=[],
         )
 
@@ -157,8 +179,10 @@ class Search:
             ),
         )
         wandb = self._space.sections().track.wandb
-        with _environment(**({} if wandb == "off" else {"WANDB_MODE": wandb})):
+        with environment(**({} if wandb == "off" else {"WANDB_MODE": wandb})):
             tuner.fit()
+        # Tune's own record of the turn is read by nobody, and grows with every trial.
+        shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
 
     def _scheduler(self) -> Any:
         section = self._section.scheduler
@@ -194,13 +218,13 @@ class TrialWatch(tune.Callback):
 
     def __init__(self, study: Study, progress: Progress) -> None:
         self._study = study
-        self._progress = progress
+        self.progress = progress
         self._events = EventLog(study.folder / EVENTS_FILE)
         self._bars: dict[int, tuple[Task, int]] = {}
         self._whole: Task | None = None
 
     def __enter__(self) -> TrialWatch:
-        self._whole = self._progress.task("search", self._study.section.trials, "trial")
+        self._whole = self.progress.task("search", self._study.section.trials, "trial")
         self._whole.advance(num_ended(self._study))
         return self
 
@@ -219,7 +243,7 @@ class TrialWatch(tune.Callback):
         """Opens a bar."""
         config = trial.config
         label = " ".join(f"{k.split('/')[-1]}={_short(v)}" for k, v in config["params"].items())
-        bar = self._progress.task(f"trial {config['trial']} {label}", config["steps"])
+        bar = self.progress.task(f"trial {config['trial']} {label}", config["steps"])
         self._bars[config["trial"]] = (bar, 0)
         self.say("start", trial=config["trial"], params=config["params"])
 
@@ -259,7 +283,7 @@ class TrialWatch(tune.Callback):
         if number in self._bars:
             self._bars.pop(number)[0].close()
         if record.state == "failed":
-            self._progress.note(f"trial {number} failed: {record.reason}")
+            self.progress.note(f"trial {number} failed: {record.reason}")
         if self._whole is not None and record.state != "running":
             self._whole.advance(1, **self._best_so_far())
 
@@ -290,27 +314,15 @@ def max_steps(space: RecipeSpace) -> int:
     return space.example().train.steps
 
 
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Sets variables for as long as the context lasts: Ray's W&B callback knows no other way."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _loss_of(pack: Any) -> Loss | None:
+    """Says whether a pack is lost, and whether memory was the reason."""
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _answers(pack: Any) -> bool:
-    try:
-        ray.get(pack.seated.remote(), timeout=_PACK_ANSWERS_WITHIN_S)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return False
-    return True
+        needed = ray.get(pack.needed_bytes.remote(), timeout=_PACK_ANSWERS_WITHIN_S)
+    except ray.exceptions.OutOfMemoryError:
+        return Loss(needed_bytes=0)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        return Loss(needed_bytes=0 if KILLED in str(error) else None)
+    return None if needed is None else Loss(needed)
 
 
 def _trial_name(trial: Any) -> str:

@@ -6,20 +6,25 @@ replaced by one that reads the study and the trials' folders.
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray.tune.search import Searcher
 
 from graft.core.errors import ConfigError
 from graft.core.files import write_json
-from graft.engine.run_folder import RECIPE_FILE, read_reports
+from graft.core.sizes import format_bytes
+from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.scheduler import STEP
 from graft.runtime.study import Study
-from graft.runtime.trials import Asked, Sampled, failure_of, forget_failure
+from graft.runtime.trials import ENDED, Asked, Failure, Sampled, failure_of, forget_failure
+
+if TYPE_CHECKING:
+    from graft.engine.memory.cap import MemoryCap
 
 _MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/")
 
@@ -50,16 +55,26 @@ def executor_of(recipe: Recipe) -> Executor:
     return "packed"
 
 
-class _Packable:
-    """A space whose recipes have an executor; others are refused like any impossible point."""
+class _Feasible:
+    """A space whose recipes have an executor and fit; others are refused like impossible points."""
 
-    def __init__(self, space: Sampled) -> None:
+    def __init__(self, space: Sampled, memory: MemoryCap | None) -> None:
         self._space = space
+        self._memory = memory
 
     def sample(self, suggest: Any) -> Recipe:
         recipe = self._space.sample(suggest)
         executor_of(recipe)
+        if self._memory is not None:
+            self._memory.require(recipe)
         return recipe
+
+
+class Loss(NamedTuple):
+    """The process behind running trials is gone or useless."""
+
+    needed_bytes: int | None = None
+    """Device memory that it asked for at least; None where it did not run out of memory."""
 
 
 class TrialQueue:
@@ -69,11 +84,15 @@ class TrialQueue:
         study: Is asked.
         space: Is sampled.
         turn: So many trials of the other executor may wait before it gets its turn.
+        memory: What a device may be given; None is not looked at.
     """
 
-    def __init__(self, study: Study, space: Sampled, *, turn: int) -> None:
+    def __init__(
+        self, study: Study, space: Sampled, *, turn: int, memory: MemoryCap | None = None
+    ) -> None:
         self.study = study
-        self._space = _Packable(space)
+        self.memory = memory
+        self._space = _Feasible(space, memory)
         self._turn = turn
         self._waiting: dict[Executor, deque[Asked]] = {"packed": deque(), "dedicated": deque()}
         self._is_exhausted = False
@@ -97,8 +116,10 @@ class TrialQueue:
 
     def next(self, executor: Executor) -> Asked | None:
         """Returns the next trial for an executor, or None where its turn is over."""
-        if self._waiting[executor]:
-            return self._waiting[executor].popleft()
+        while self._waiting[executor]:
+            waiting = self._waiting[executor].popleft()
+            if self._still_fits(waiting):
+                return waiting
         other: Executor = "packed" if executor == "dedicated" else "dedicated"
         while len(self._waiting[other]) < self._turn:
             asked = self._ask()
@@ -108,6 +129,21 @@ class TrialQueue:
                 return asked
             self._waiting[other].append(asked)
         return None
+
+    def learn(self, asked: Asked, needed_bytes: int) -> str:
+        """Corrects the prediction of memory by a trial that ran out; returns that in words."""
+        if self.memory is None:
+            return f"it asked for at least {format_bytes(needed_bytes)}"
+        words = self.memory.learn(asked.recipe, needed_bytes)
+        self.study.keep_memory_factor(self.memory.factor)
+        return words
+
+    def _still_fits(self, asked: Asked) -> bool:
+        """Asks again: a trial that ran out meanwhile may have corrected the prediction."""
+        reason = self.memory.refusal(asked.recipe) if self.memory is not None else None
+        if reason is not None:
+            self.study.refuse(asked.number, reason)
+        return reason is None
 
     def _ask(self) -> Asked | None:
         if self._is_exhausted or self.study.num_remaining <= 0:
@@ -124,14 +160,15 @@ class StudySearcher(Searcher):
         queue: Gives the trials.
         executor: Whose trials.
         on_lost: Asked when a trial ended without a reason of its own; says whether its runner is
-            lost, in which case the trial is not told anything and will be run again.
+            lost, in which case the trial is not told anything and will be run again. Where it ran
+            out of memory, the trial that needs most of it has failed.
     """
 
     def __init__(
         self,
         queue: TrialQueue,
         executor: Executor,
-        on_lost: Callable[[], bool] = lambda: False,
+        on_lost: Callable[[], Loss | None] = lambda: None,
     ) -> None:
         super().__init__()
         self._queue = queue
@@ -139,6 +176,8 @@ class StudySearcher(Searcher):
         self._on_lost = on_lost
         self._trials: dict[str, Asked] = {}
         self.is_lost = False
+        self._blamed: dict[int, int] = {}
+        """Trial that a runner was lost for → bytes that it needed."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Gives Tune the next trial's number; its recipe is in its folder."""
@@ -178,12 +217,20 @@ class StudySearcher(Searcher):
             return
         study, number = self._queue.study, asked.number
         if error:
-            reason = failure_of(study.trial_folder(number))
-            if reason is None and self._on_lost():
+            failure = failure_of(study.trial_folder(number))
+            if failure is None and (loss := self._on_lost()) is not None:
                 self.is_lost = True
-                return
-            study.tell(number, "failed", reason=reason or "its runner ended without a word")
-            return
+                self._blame(asked, loss)
+                if number not in self._blamed:
+                    return
+                failure = Failure(reason="out of memory", needed_bytes=self._blamed[number])
+            study.tell(number, "failed", reason=self._in_words(asked, failure))
+        else:
+            self._end(asked, result)
+        drop_needless_checkpoints(study)
+
+    def _end(self, asked: Asked, result: Mapping[str, Any] | None) -> None:
+        study, number = self._queue.study, asked.number
         if result is not None and STEP in result:
             self._report(number, result)
         trial = study.trial(number)
@@ -191,6 +238,21 @@ class StudySearcher(Searcher):
             study.tell(number, "complete")
         elif result is not None and STEP in result:
             study.tell(number, "stopped")
+
+    def _blame(self, asked: Asked, loss: Loss) -> None:
+        """Finds the trial that a runner ran out of memory for, once: the one that needs most."""
+        if loss.needed_bytes is None or self._blamed:
+            return
+        running, memory = [asked, *self._trials.values()], self._queue.memory
+        sizes = {a.number: memory.need([a.recipe]) if memory else a.number for a in running}
+        self._blamed[max(sizes, key=lambda number: sizes[number])] = loss.needed_bytes
+
+    def _in_words(self, asked: Asked, failure: Failure | None) -> str:
+        if failure is None:
+            return "its runner ended without a word"
+        if failure.needed_bytes is None:
+            return failure.reason
+        return f"{failure.reason}: {self._queue.learn(asked, failure.needed_bytes)}"
 
     def _report(self, number: int, result: Mapping[str, Any]) -> None:
         metrics = metrics_of(result)
@@ -213,6 +275,14 @@ class StudySearcher(Searcher):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Searcher, ())
+
+
+def drop_needless_checkpoints(study: Study) -> None:
+    """Removes the state of trials that have ended and are not the best: nobody goes on from it."""
+    kept = {trial.number for trial in study.front()}
+    for trial in study.trials:
+        if trial.state in ENDED and trial.number not in kept:
+            shutil.rmtree(study.trial_folder(trial.number) / CHECKPOINTS, ignore_errors=True)
 
 
 def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:

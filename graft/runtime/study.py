@@ -81,6 +81,15 @@ class Study:
         raw = self._study.user_attrs.get("winner")
         return None if raw is None else Winner.model_validate(raw)
 
+    @property
+    def memory_factor(self) -> float:
+        """What the prediction of memory is multiplied by, as trials that ran out have taught."""
+        return float(self._study.user_attrs.get("memory_factor", 1.0))
+
+    def keep_memory_factor(self, factor: float) -> None:
+        """Keeps that factor for the next driver too."""
+        self._study.set_user_attr("memory_factor", factor)
+
     def settle(self, winner: Winner) -> None:
         """Keeps what became of the best trial."""
         self._study.set_user_attr("winner", winner.model_dump(mode="json"))
@@ -172,6 +181,10 @@ class Study:
         """Keeps facts beside a running trial: `executor`, `seconds`."""
         for name, value in facts.items():
             self._live[number].set_user_attr(name, value)
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Takes a proposed trial back that nobody has started: it turns out to be impossible."""
+        self._refuse(self._live.pop(number), reason)
 
     def tell(self, number: int, outcome: Outcome, *, reason: str | None = None) -> None:
         """Ends a trial; one that has ended already stays as it is.

@@ -21,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.core.errors import GraftError, TrainingError
+from graft.core.errors import DeviceMemoryError, GraftError, TrainingError
 from graft.engine.checkpoint import newest_step
 from graft.engine.run import TrainResult, read_result
 from graft.engine.run_folder import CHECKPOINTS
 from graft.recipe.sections import Recipe
-from graft.runtime.nodes import require_disks
+from graft.runtime.memory import KILLED
+from graft.runtime.nodes import prepare_ops, require_disks
 from graft.runtime.placement import (
     Places,
     WorkerNeeds,
@@ -96,6 +97,7 @@ def train_on_workers(
         step = newest_step(folder / CHECKPOINTS)
         try:
             count = find_room(needs)
+            prepare_ops([recipe.scale])  # on nodes that came meanwhile, too
             with _watch(folder, needs, count, leaves, grow_after_s):
                 if _fit(count, needs.uses_gpu, config, list(callbacks)):
                     return read_result(folder)
@@ -180,6 +182,7 @@ def _fit(count: int, uses_gpu: bool, config: WorkerConfig, callbacks: list[UserC
 
 def _in_words(error: TrainingFailedError) -> GraftError:
     """Finds the worker that raised by itself: its neighbours only echo that it is gone."""
+    from ray.exceptions import OutOfMemoryError
     from ray.train.v2.api.exceptions import PreemptionError
 
     if isinstance(error, PreemptionError):
@@ -189,6 +192,9 @@ def _in_words(error: TrainingFailedError) -> GraftError:
     for cause in causes.values():
         if isinstance(cause, GraftError):
             return cause
+    for rank, cause in causes.items():
+        if isinstance(cause, OutOfMemoryError) or KILLED in str(cause):
+            return DeviceMemoryError(f"worker {rank} was killed for lack of memory: {cause}")
     for rank, cause in causes.items():
         if not _tells_of_another(cause):
             return TrainingError(f"worker {rank}: {type(cause).__name__}: {cause}")

@@ -21,7 +21,7 @@ Outcome = Literal["complete", "stopped", "failed"]
 ENDED = ("complete", "stopped", "failed")
 """States of a trial that was run and needs no more work."""
 
-_FAILURE_FILE = "failure.txt"
+_FAILURE_FILE = "failure.json"
 
 
 class Suggest(Protocol):
@@ -66,6 +66,14 @@ class TrialRecord(StrictModel):
     recipe_digest: str | None = None
 
 
+class Failure(StrictModel):
+    """Why a trial failed, as far as its runner could tell."""
+
+    reason: str
+    needed_bytes: int | None = None
+    """Device memory that it asked for at least; None where it did not run out of memory."""
+
+
 class Winner(StrictModel):
     """The best trial after the search."""
 
@@ -96,15 +104,16 @@ def trial_digest(recipe: Recipe) -> str:
     return sha256_json({name: recipe.model_dump(mode="json")[name] for name in sections})
 
 
-def fail_trial(folder: Path, reason: str) -> None:
+def fail_trial(folder: Path, reason: str, *, needed_bytes: int | None = None) -> None:
     """Keeps why a trial failed, where its driver looks."""
-    write_atomic(folder / _FAILURE_FILE, reason)
+    failure = Failure(reason=reason, needed_bytes=needed_bytes)
+    write_atomic(folder / _FAILURE_FILE, failure.model_dump_json())
 
 
-def failure_of(folder: Path) -> str | None:
+def failure_of(folder: Path) -> Failure | None:
     """Returns why a trial failed; None where it did not, as far as its runner could tell."""
     path = folder / _FAILURE_FILE
-    return path.read_text() if path.exists() else None
+    return Failure.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 def forget_failure(folder: Path) -> None:

@@ -13,6 +13,7 @@ from graft.engine.run_folder import Report
 from graft.engine.trainable import require_trainable
 from graft.models import pick_device
 from graft.recipe.sections import Recipe
+from graft.runtime.memory import told_of_memory
 
 if TYPE_CHECKING:
     from graft.engine.backends.base import Backend
@@ -51,6 +52,13 @@ def work(config: dict[str, Any]) -> bool:
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
+
+    with told_of_memory(Path(config["folder"])):
+        return _train(recipe, config)
+
+
+def _train(recipe: Recipe, config: dict[str, Any]) -> bool:
+    import ray.train
 
     from graft.engine.backends.deepspeed import DeepSpeedBackend
     from graft.engine.backends.torch import TorchBackend

@@ -24,7 +24,7 @@ theirs = torch.nn.Parameter(torch.ones(1000))
 gradient = torch.linspace(-1, 1, 1000)
 for parameter, optimizer in ((weight, DeepSpeedCPUAdam), (theirs, torch.optim.AdamW)):
     parameter.grad = gradient.clone()
-    optimizer([parameter], lr=0.1).step()
+    optimizer([parameter], lr=0.1, weight_decay=0.1).step()
 torch.testing.assert_close(weight, theirs, rtol=1e-5, atol=1e-6)
 """
 

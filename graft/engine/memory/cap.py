@@ -1,0 +1,142 @@
+"""What a device may be given, and which runs stay below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from graft.core.errors import ConfigError
+from graft.core.sizes import format_bytes, parse_bytes
+from graft.engine.memory.estimate import MemoryEstimate, predict_memory
+from graft.engine.memory.shape import ModelShape
+from graft.engine.memory.stand_ins import DeviceType
+from graft.engine.memory.standing import number_bytes, size_of, standing_parts
+from graft.recipe.sections import Recipe
+
+_FIXED = ("process", "CUDA context")
+_MARGIN = 1.02
+"""A trial that ran out needed more than what it had by then."""
+
+
+class Limits(NamedTuple):
+    """What the machines of a run have."""
+
+    device: DeviceType
+    device_bytes: int
+    """Of a GPU; on CPUs, of a whole node, which its workers share."""
+    host_bytes: int | None = None
+    """Of a node with GPUs; None is not known, and not looked at."""
+    nodes: int = 1
+    factor: float = 1.0
+    """What predictions are multiplied by, as runs that ran out have taught."""
+
+
+class MemoryCap:
+    """Says which runs fit; remembers what runs that did not fit have taught.
+
+    Args:
+        shape: Of the base.
+        limits: Of the machines; a recipe's `scale.device_memory` may be below.
+    """
+
+    def __init__(self, shape: ModelShape, limits: Limits) -> None:
+        self._shape = shape
+        self._limits = limits
+        self.factor = limits.factor
+
+    @property
+    def limits(self) -> Limits:
+        """The limits, with the factor as it is by now: for another process."""
+        return self._limits._replace(factor=self.factor)
+
+    def limit(self, recipe: Recipe) -> int:
+        """Returns the bytes that a worker may take on its device."""
+        have = self._limits.device_bytes
+        if self._limits.device == "cpu":
+            have //= self._neighbours(recipe)
+        given = recipe.scale.device_memory
+        return have if given is None else min(have, parse_bytes(given))
+
+    def predict(self, recipe: Recipe, slots: int = 1) -> MemoryEstimate:
+        """Predicts a run, uncorrected."""
+        return predict_memory(recipe, self._shape, self._limits.device, slots=slots)
+
+    def need(self, recipes: Sequence[Recipe]) -> float:
+        """Returns the bytes that runs take together, as slots of one base; corrected."""
+        largest = max(recipes, key=lambda recipe: self.predict(recipe).device_bytes)
+        smaller = sum(self._own(largest) - self._own(recipe) for recipe in recipes)
+        return self._corrected(self.predict(largest, len(recipes))) - self.factor * smaller
+
+    def fits(self, recipes: Sequence[Recipe]) -> bool:
+        """Tells whether runs fit together, as slots of one base."""
+        return self.need(recipes) <= min(self.limit(recipe) for recipe in recipes)
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Says why a run does not fit, with its largest parts; None where it does."""
+        found, limit = self.predict(recipe), self.limit(recipe)
+        corrected = f", times {self.factor:.2f} as measured" if self.factor > 1 else ""
+        if self._corrected(found) > limit:
+            given = recipe.scale.device_memory
+            have = "scale.device_memory" if given is not None else "what a worker has"
+            return f"it needs {found.in_words()}{corrected}; {have} is {format_bytes(limit)}"
+        host = self._limits.host_bytes
+        if host is not None and found.host_bytes * self._neighbours(recipe) > host:
+            return (
+                f"its {self._neighbours(recipe)} workers on a node need "
+                f"{format_bytes(found.host_bytes)} of host memory each; the node has "
+                f"{format_bytes(host)}"
+            )
+        return None
+
+    def surely_exceeds(self, recipe: Recipe) -> bool:
+        """Tells quickly that a run cannot fit: what stands still is too much already."""
+        device = self._limits.device
+        parts = standing_parts(recipe, self._shape, device, slots=1)
+        standing = sum(part.size_bytes for part in parts if part.place == "device")
+        return standing > self.limit(recipe)
+
+    def require(self, recipe: Recipe) -> None:
+        """Refuses a run that does not fit.
+
+        Raises:
+            ConfigError: With what it needs, its largest parts and the limit.
+        """
+        if reason := self.refusal(recipe):
+            raise ConfigError(f"not enough memory: {reason}")
+
+    def learn(self, recipe: Recipe, needed_bytes: int) -> str:
+        """Corrects later predictions by a run that ran out; returns that in words.
+
+        Args:
+            recipe: Of that run.
+            needed_bytes: That it asked for at least; 0 where it was killed without a word, after
+                all that it may have was taken.
+        """
+        needed, found = needed_bytes or self.limit(recipe), self.predict(recipe)
+        fixed, predicted = _fixed(found), found.device_bytes
+        self.factor = max(self.factor, _MARGIN * (needed - fixed) / (predicted - fixed))
+        words = f"it needed at least {format_bytes(needed)}, predicted were "
+        words += format_bytes(predicted)
+        if self.factor > 1:
+            return f"{words}; predictions are multiplied by {self.factor:.2f} from now on"
+        return f"{words}: something else holds memory of this device"
+
+    def _corrected(self, estimate: MemoryEstimate) -> float:
+        """What programs take themselves is no prediction, and is not corrected."""
+        fixed = _fixed(estimate)
+        return fixed + self.factor * (estimate.device_bytes - fixed)
+
+    def _own(self, recipe: Recipe) -> int:
+        """Bytes that a slot has for itself: tensors, gradients, moments."""
+        size = size_of(recipe, self._shape)
+        return number_bytes(recipe) * (4 * size.trained + size.frozen)
+
+    def _neighbours(self, recipe: Recipe) -> int:
+        """Workers of a run on one node."""
+        return max(1, math.ceil(recipe.scale.max_workers / self._limits.nodes))
+
+
+def _fixed(estimate: MemoryEstimate) -> int:
+    own = estimate.device_bytes
+    return own - estimate.peak.total_bytes("device", exclude=_FIXED)

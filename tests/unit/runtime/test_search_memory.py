@@ -1,0 +1,222 @@
+"""The search and memory: what cannot fit is not proposed, what ran out is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+
+from graft.core.errors import TrainingError
+from graft.data.mixture import prepare_parts
+from graft.engine.memory.cap import Limits, MemoryCap
+from graft.engine.memory.shape import ModelShape
+from graft.engine.run import LoadedRun, load_run
+from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE
+from graft.methods.base import METHODS
+from graft.methods.lora import LoraMethod
+from graft.recipe.load import load_recipe, to_yaml
+from graft.recipe.sections import Recipe
+from graft.recipe.space import RecipeSpace
+from graft.runtime.pack import Pack
+from graft.runtime.searcher import Loss, StudySearcher, TrialQueue
+from graft.runtime.study import Study, open_study
+from graft.runtime.trials import StudyFacts, fail_trial, failure_of
+
+FACTS = StudyFacts(
+    space="space", model="model", data="data", objectives=("eval/loss min",), eval_rows=64
+)
+RANKS = (2, 4, 8, 16, 24, 32)
+
+
+@pytest.fixture
+def space(model_folder: Path, data_folder: Path, tmp_path: Path) -> RecipeSpace:
+    """LoRA of many ranks."""
+    content: dict[str, Any] = {
+        "model": {"source": str(model_folder), "dtype": "fp32", "device": "cpu"},
+        "data": {
+            "train": str(data_folder / "train.jsonl"),
+            "eval": str(data_folder / "eval.jsonl"),
+            "max_length": 64,
+        },
+        "method": {"type": "lora", "r": {"choice": list(RANKS)}},
+        "train": {"steps": 4, "batch_size": 2, "report_every": 2},
+        "search": {"trials": 12, "sampler": "random", "eval_rows": 4},
+        "eval": {"metrics": ["loss"]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(content))
+    return load_recipe(path)
+
+
+@pytest.fixture
+def cap(space: RecipeSpace, model_folder: Path) -> MemoryCap:
+    """Room for a rank of 16 and a little more."""
+    shape = ModelShape.of(model_folder)
+    need = MemoryCap(shape, Limits("cpu", 2**50)).predict(space.fix({"method/r": 16}))
+    return MemoryCap(shape, Limits("cpu", need.device_bytes + 1000))
+
+
+@pytest.fixture
+def study(space: RecipeSpace, tmp_path: Path) -> Iterator[Study]:
+    with open_study(tmp_path / "study", space.sections().search, FACTS) as opened:
+        yield opened
+
+
+def report(searcher: StudySearcher, trial_id: str, steps: int, loss: float) -> None:
+    said = {"steps": steps, "seconds": 1.0, "eval/loss": loss, "train/loss": loss}
+    searcher.on_trial_result(trial_id, said)
+    searcher.on_trial_complete(trial_id, said)
+
+
+def test_a_point_over_the_cap_is_infeasible_and_never_proposed(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    searcher = StudySearcher(TrialQueue(study, space, turn=4, memory=cap), "packed")
+    proposed = []
+    for number in range(12):
+        config = searcher.suggest(f"t{number}")
+        assert isinstance(config, dict)
+        proposed.append(config["params"]["method/r"])
+        report(searcher, f"t{number}", 4, 1.0)
+    assert max(proposed) <= 16
+    refused = [trial for trial in study.trials if trial.state == "infeasible"]
+    assert {trial.params["method/r"] for trial in refused} <= {24, 32}
+    assert refused
+    for trial in refused:
+        assert "not enough memory: it needs" in str(trial.reason)
+    assert sum(trial.state == "complete" for trial in study.trials) == 12
+
+
+def test_a_trial_that_ran_out_is_recorded_with_its_measurement_and_corrects_the_rest(
+    study: Study, space: RecipeSpace, cap: MemoryCap, tmp_path: Path
+) -> None:
+    study.enqueue([{"method/r": 16}, {"method/r": 8}, {"method/r": 16}])
+    queue = TrialQueue(study, space, turn=4, memory=cap)
+    searcher = StudySearcher(queue, "packed")
+    first, second = searcher.suggest("a"), searcher.suggest("b")
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    found = cap.predict(space.fix({"method/r": 16}))
+    needed = found.device_bytes + found.peak.total_bytes("device", exclude=["process"]) // 2
+    fail_trial(Path(first["folder"]), "out of memory", needed_bytes=needed)
+    searcher.on_trial_complete("a", error=True)
+    record = study.trial(first["trial"])
+    assert record.state == "failed"
+    assert "out of memory: it needed at least" in str(record.reason)
+    assert study.memory_factor == pytest.approx(1.53)
+    report(searcher, "b", 4, 1.0)
+    assert study.trial(second["trial"]).state == "complete"
+    with pytest.raises(Exception, match=r"times 1\.53 as measured"):
+        searcher.suggest("c")  # nothing is left that fits
+    assert study.trial(2).state == "infeasible"
+
+
+def test_a_lost_pack_fails_its_largest_trial_alone_and_the_others_come_again(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    study.enqueue([{"method/r": 4}, {"method/r": 16}, {"method/r": 8}])
+    queue = TrialQueue(study, space, turn=4, memory=cap)
+    searcher = StudySearcher(queue, "packed", on_lost=lambda: Loss(needed_bytes=0))
+    for name in "abc":
+        searcher.suggest(name)
+    for name in "abc":
+        searcher.on_trial_complete(name, error=True)
+    assert [trial.state for trial in study.trials] == ["running", "failed", "running"]
+    assert "predictions are multiplied by" in str(study.trial(1).reason)
+    assert searcher.suggest("d") == "FINISHED"
+    queue.refill()
+    assert queue.num_resumed == 2
+
+
+def test_only_the_best_trial_keeps_its_checkpoint(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    searcher = StudySearcher(TrialQueue(study, space, turn=4, memory=cap), "packed")
+    folders, numbers = [], []
+    for number, (steps, loss) in enumerate([(4, 2.0), (4, 1.0), (2, 3.0), (4, 1.5)]):
+        config = searcher.suggest(str(number))
+        assert isinstance(config, dict)
+        folders.append(Path(config["folder"]) / CHECKPOINTS)
+        folders[-1].mkdir(parents=True)
+        numbers.append(config["trial"])
+        report(searcher, str(number), steps, loss)
+    assert [folder.exists() for folder in folders] == [False, True, False, False]
+    assert study.best().number == numbers[1]
+
+
+class Greedy(LoraMethod):
+    """LoRA that asks for 32 TB after each step, which no shape tells."""
+
+    type: Literal["greedy"] = "greedy"  # type: ignore[assignment]
+    acts_after_step: ClassVar[bool] = True
+
+    def after_step(self, *_: Any, **__: Any) -> None:
+        torch.empty(2**45, dtype=torch.uint8)
+
+
+@pytest.fixture
+def loaded(space: RecipeSpace, tmp_path: Path) -> LoadedRun:
+    return load_run(space.fix({"method/r": 4}), tmp_path / "home")
+
+
+def seated(pack: Pack, folder: Path, number: int, recipe: Recipe) -> Path:
+    trial = folder / str(number)
+    trial.mkdir()
+    (trial / RECIPE_FILE).write_text(recipe.model_dump_json())
+    pack.join(number, str(trial))
+    return trial
+
+
+@pytest.fixture
+def pack_of(loaded: LoadedRun, tmp_path: Path) -> Iterator[Any]:
+    opened: list[Pack] = []
+
+    def run_of(recipe: Recipe) -> LoadedRun:
+        prepared = prepare_parts(recipe.parts, loaded.template)
+        return replace(loaded, recipe=recipe, prepared=prepared)
+
+    def make(fits: Any = lambda recipes: True) -> Pack:
+        pack = Pack(loaded.model, run_of, tmp_path, slots=4, template=loaded.template, fits=fits)
+        opened.append(pack)
+        return pack
+
+    yield make
+    for pack in opened:
+        for number in pack.seated():
+            pack.leave(number)
+        pack.close()
+
+
+def test_a_pack_that_runs_out_of_memory_says_how_much_it_asked_for(
+    pack_of: Any, loaded: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    METHODS.names()
+    monkeypatch.setitem(METHODS._classes, "greedy", Greedy)
+    pack = pack_of()
+    recipe = loaded.recipe.model_copy(update={"method": Greedy(r=4)})
+    trial = seated(pack, tmp_path, 0, recipe)
+    with pytest.raises(TrainingError, match="the pack broke: RuntimeError"):
+        pack.next_report(0, 0)
+    assert pack.needed_bytes() > 2**45
+    assert failure_of(trial) is None, "who is to blame is for the driver, which knows all trials"
+
+
+def test_a_trial_waits_until_it_has_room_beside_the_others(
+    pack_of: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    pack = pack_of(fits=lambda recipes: len(recipes) <= 2)
+    for number in range(3):
+        seated(pack, tmp_path, number, loaded.recipe)
+    assert pack.next_report(0, 0)["steps"] == 2
+    assert pack.next_report(1, 0)["steps"] == 2
+    assert pack.seated()[2] == "waiting"
+    assert pack.next_report(2, 0, timeout_s=1.0) is None
+    pack.leave(0)
+    report = None
+    while report is None:
+        report = pack.next_report(2, 0)
+    assert report["steps"] == 2
