@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from graft.engine.backends.base import Backend
     from graft.engine.multi import MultiAdapterModel
 
-_CACHE_TOKENS = 16384
+CACHE_TOKENS = 16384
 """Tokens whose keys and values stand in memory at once; bounds how many answers grow together."""
-_MAX_BATCH = 64
+MAX_BATCH = 64
 _STOPPED, _CUT, _BROKEN = 1, 2, 3
 
 
@@ -52,7 +52,7 @@ def sample_answers(
         requests: Of any slots.
     """
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-    room = max(1, min(_MAX_BATCH, _CACHE_TOKENS // longest))
+    room = max(1, min(MAX_BATCH, CACHE_TOKENS // longest))
     own = range(len(requests))
     if not backend.forwards_together:
         own = own[backend.world_rank :: backend.world_size]

@@ -65,5 +65,5 @@ class GroupRouting:
         """Returns each row's position in `slots`, `[rows]`, int64."""
         import torch
 
-        counts = torch.tensor(self.num_rows, device=device)
-        return torch.repeat_interleave(torch.arange(len(self.slots), device=device), counts)
+        of_rows = [at for at, rows in enumerate(self.num_rows) for _ in range(rows)]
+        return torch.tensor(of_rows, device=device)
