@@ -16,8 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +97,7 @@ def train_on_workers(
         try:
             count = find_room(needs)
             prepare_ops([recipe.scale])  # on nodes that came meanwhile, too
-            with _watch(folder, needs, count, leaves, grow_after_s):
+            with _Watch(folder, needs, count, leaves, grow_after_s):
                 if _fit(count, needs.uses_gpu, config, list(callbacks)):
                     return read_result(folder)
         except LostWorkersError as error:
@@ -114,37 +113,58 @@ def train_on_workers(
             )
 
 
-@contextmanager
-def _watch(
-    folder: Path,
-    needs: WorkerNeeds,
-    count: int,
-    leaves: Callable[[], bool],
-    grow_after_s: float,
-) -> Iterator[None]:
-    """Tells the workers to leave once the run is to end, or there is room for more of them."""
-    file, is_over = folder / LEAVE_FILE, threading.Event()
-    places = Places(needs.resources, needs.largest - count)
-    started = time.monotonic()
+class _Watch:
+    """Tells the workers to leave once the run is to end, or there is room for more of them.
 
-    def look() -> None:
-        while not is_over.wait(_WATCH_EVERY_S):
-            may_grow = count < needs.largest and time.monotonic() - started > grow_after_s
-            if leaves() or (may_grow and places.num_placed()):
-                folder.mkdir(parents=True, exist_ok=True)
-                file.touch()
+    It is a context manager around them. Room is asked for when they have made a checkpoint: before
+    that their own places may be what is free.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        needs: WorkerNeeds,
+        count: int,
+        leaves: Callable[[], bool],
+        grow_after_s: float,
+    ) -> None:
+        self._folder = folder
+        self._needs = needs
+        self._count = count
+        self._leaves = leaves
+        self._grow_after_s = grow_after_s
+        self._places: Places | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch-workers", daemon=True)
+
+    def __enter__(self) -> None:
+        (self._folder / LEAVE_FILE).unlink(missing_ok=True)
+        self._started_s = time.monotonic()
+        self._step = newest_step(self._folder / CHECKPOINTS)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if self._places is not None:
+            self._places.free()
+        (self._folder / LEAVE_FILE).unlink(missing_ok=True)
+
+    def _look(self) -> None:
+        while not self._is_over.wait(_WATCH_EVERY_S):
+            if self._leaves() or self._has_more_room():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                (self._folder / LEAVE_FILE).touch()
                 return
 
-    file.unlink(missing_ok=True)
-    thread = threading.Thread(target=look, name="watch-workers", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-        places.free()
-        file.unlink(missing_ok=True)
+    def _has_more_room(self) -> bool:
+        if self._places is not None:
+            return self._places.num_placed() > 0
+        more = self._needs.largest - self._count
+        is_time = time.monotonic() - self._started_s > self._grow_after_s
+        if more and is_time and newest_step(self._folder / CHECKPOINTS) > self._step:
+            self._places = Places(self._needs.resources, more)
+        return False
 
 
 def _fit(count: int, uses_gpu: bool, config: WorkerConfig, callbacks: list[UserCallback]) -> bool:
