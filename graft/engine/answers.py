@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from graft.engine.generate import GenerationRequest, GenerationResult, Generator
+from graft.engine.generate import GenerationRequest, GenerationResult, generate
 from graft.engine.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -56,10 +56,9 @@ def sample_answers(
     own = range(len(requests))
     if not backend.forwards_together:
         own = own[backend.world_rank :: backend.world_size]
-    generator = Generator(
-        model, tokenizer, max_batch=max(1, min(room, len(own))), max_length=longest
+    results = generate(
+        model, tokenizer, [requests[at] for at in own], max_batch=room, max_length=longest
     )
-    results = generator.run([requests[at] for at in own])
     width = max(request.max_new_tokens for request in requests) + 1
     told = torch.zeros(len(requests), 2 + width, dtype=torch.float64)
     if not backend.forwards_together or backend.world_rank == 0:

@@ -18,7 +18,7 @@ from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answer_scores import score_outcomes
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
-from graft.engine.generate import GenerationRequest, Generator
+from graft.engine.generate import GenerationRequest, generate
 from graft.engine.logprobs import supervised_logprobs
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.methods.routing import Observed
@@ -256,10 +256,9 @@ def greedy_answers(
 ) -> list[str]:
     """Returns the likeliest answer to each prompt, without special tokens."""
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
-    generator = Generator(
-        model, template.tokenizer, max_batch=batch_size, max_length=longest + max_new_tokens
-    )
-    results = generator.run(
+    results = generate(
+        model,
+        template.tokenizer,
         [
             GenerationRequest(
                 prompt.prompt_ids,
@@ -269,7 +268,9 @@ def greedy_answers(
             )
             for prompt in prompts
         ],
-        progress,
+        max_batch=batch_size,
+        max_length=longest + max_new_tokens,
+        progress=progress,
     )
     broken = [at for at, result in enumerate(results) if result.finish_reason == "error"]
     if broken:

@@ -1,4 +1,4 @@
-"""Micro-batches side by side on a CPU: a lane is a thread with its share of the cores.
+"""Work side by side on a CPU: a lane is a thread with its share of the cores.
 
 Two threads on one small product wait for each other more than they compute; two products with a
 thread each do not. Gradients are added in the order of the micro-batches, so that the threads'
@@ -8,11 +8,13 @@ order changes nothing.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +40,13 @@ class Lanes(NamedTuple):
     """Padded tokens of one."""
 
 
+def num_lanes(device: torch.device, most: int) -> int:
+    """Returns how many lanes there are for work of `most` parts; a GPU has one."""
+    if device.type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads(), _MAX_LANES, most))
+
+
 def divide(num_tokens: int, max_tokens: int, device: torch.device) -> Lanes:
     """Divides a step's rows into equal micro-batches for all lanes.
 
@@ -46,8 +55,8 @@ def divide(num_tokens: int, max_tokens: int, device: torch.device) -> Lanes:
         max_tokens: Padded tokens of all micro-batches that run at once; bounds memory.
         device: Of the base; a GPU has one lane.
     """
-    most = min(torch.get_num_threads(), _MAX_LANES, num_tokens // _MIN_TOKENS)
-    if device.type != "cpu" or most < 2:
+    most = num_lanes(device, num_tokens // _MIN_TOKENS)
+    if most == 1:
         return Lanes(1, max_tokens)
     padded = 1.05 * num_tokens
     rounds = math.ceil(padded / max_tokens)
@@ -77,10 +86,28 @@ def run_in_lanes(
 
     with attention_kernel(longest, parameters[0].device), _threads_of(lanes) as pool:
         running = deque(pool.submit(work, loss) for loss in losses)
-        while running:
-            gradients, told = running.popleft().result()
-            _add(parameters, gradients)
-            yield told
+        try:
+            while running:
+                gradients, told = running.popleft().result()
+                _add(parameters, gradients)
+                yield told
+        finally:
+            _await_rest(running)
+
+
+def in_lanes(work: Sequence[Callable[[], Told]]) -> list[Told]:
+    """Does several things at once, a lane each; returns what they give, in order."""
+    with _threads_of(len(work)) as pool:
+        running = [pool.submit(one) for one in work]
+        try:
+            return [future.result() for future in running]
+        finally:
+            _await_rest(running)
+
+
+def _await_rest(running: Iterable[Future[Any]]) -> None:
+    """Lets nothing go on behind the back of whoever was told of a failure."""
+    wait([future for future in running if not future.cancel()])
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
@@ -101,9 +128,19 @@ def _threads_of(lanes: int) -> Iterator[ThreadPoolExecutor]:
     each = max(1, threads // lanes)
     # Some kernels take the number of the process, others that of the calling thread.
     torch.set_num_threads(each)
-    pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(each,))
     try:
-        yield pool
+        yield _pool(lanes, each, os.getpid())
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+@cache
+def _pool(lanes: int, threads: int, process: int) -> ThreadPoolExecutor:
+    """The lanes of a process; they stay, for what a thread's allocator keeps ends up unused.
+
+    Args:
+        lanes: How many.
+        threads: Of each.
+        process: Whose; a fork has no threads of its parent.
+    """
+    return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(threads,))

@@ -23,7 +23,7 @@ from graft.core.errors import GateRefusedError
 from graft.core.progress import QUIET, Progress
 from graft.data.records import TokenRow
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
-from graft.engine.generate import GenerationRequest, Generator
+from graft.engine.generate import GenerationRequest, generate
 from graft.engine.multi import MultiAdapterModel, Routing
 
 if TYPE_CHECKING:
@@ -131,10 +131,9 @@ def _answered(
 ) -> list[TokenRow]:
     """Returns prompt and greedy answer of the reference; the answer's positions are supervised."""
     longest = max(map(len, prompts)) + max_new_tokens
-    generator = Generator(
-        reference.model, template.tokenizer, max_batch=batch_size, max_length=longest
-    )
-    results = generator.run(
+    results = generate(
+        reference.model,
+        template.tokenizer,
         [
             GenerationRequest(
                 prompt,
@@ -144,7 +143,9 @@ def _answered(
             )
             for prompt in prompts
         ],
-        progress,
+        max_batch=batch_size,
+        max_length=longest,
+        progress=progress,
     )
     if any(result.finish_reason == "error" for result in results):
         tally.broken.append("reference")

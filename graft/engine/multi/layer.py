@@ -122,8 +122,9 @@ class SlotTensors(nn.Module):
         dtype: torch.dtype,
     ) -> dict[str, torch.Tensor]:
         """Returns what the method made of these slots' tensors; kept while nothing trains."""
-        if not torch.is_grad_enabled() and names in self._stacks:
-            return self._stacks[names]
+        kept = None if torch.is_grad_enabled() else self._stacks.get(names)
+        if kept is not None:
+            return kept
         slots: list[dict[str, torch.Tensor]] = [dict(self.tensors(name)) for name in names]
         stacked = method.stack(slots, methods, dtype, self._frozen)
         if not torch.is_grad_enabled():

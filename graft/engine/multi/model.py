@@ -83,6 +83,11 @@ class MultiAdapterModel:
         return any(isinstance(slot.method, WholeMethod) for slot in self.slots.values())
 
     @property
+    def is_partitioned(self) -> bool:
+        """ZeRO-3 has divided the base between workers."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.base.parameters())
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear layer below the head: module path → (in_features, out_features)."""
         return self.layers.linears

@@ -3,11 +3,14 @@ from typing import Any
 import pytest
 import torch
 
+from graft.engine.generate import GenerationRequest, generate
 from graft.engine.lanes import Lanes, divide, run_in_lanes
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.recompute import recompute_layers
 from graft.engine.train import Trainer
+from graft.methods.lora import LoraMethod
 from graft.recipe import Recipe
+from graft.testing import tiny_tokenizer
 from tests.unit.engine.conftest import exact_model, make_recipe, make_rows
 
 CPU = torch.device("cpu")
@@ -103,3 +106,25 @@ def test_a_lane_that_fails_ends_the_step_and_leaves_threads_and_kernels_as_they_
     assert torch.backends.cuda.flash_sdp_enabled() == kernels
     assert list(run_in_lanes([sound, sound], [weight], lanes=2, longest=8)) == [1, 1]
     torch.testing.assert_close(weight.grad, torch.full((3,), 3.0))
+
+
+def test_lanes_give_the_answers_of_one_generator(threads: Any) -> None:
+    model = MultiAdapterModel(exact_model())
+    model.add_slot("a", LoraMethod(r=4, init_lora_weights="orthogonal"), seed=1)
+    requests = [
+        GenerationRequest(
+            row.input_ids[: 3 + at % 5],
+            slot="a" if at % 3 else None,
+            max_new_tokens=12,
+            temperature=0.8 if at % 2 else 0.0,
+            seed=at,
+        )
+        for at, row in enumerate(ROWS)
+    ]
+    answers = []
+    for number in (1, 2, 3):
+        threads(number)
+        answers.append(generate(model, tiny_tokenizer(), requests, max_batch=16, max_length=40))
+        assert torch.get_num_threads() == number
+    assert answers[0] == answers[1] == answers[2]
+    assert generate(model, tiny_tokenizer(), [], max_batch=16, max_length=40) == []
