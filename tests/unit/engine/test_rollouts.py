@@ -209,9 +209,11 @@ def test_two_workers_sample_and_train_as_one(type: str, backend: Any) -> None:
             assert own == pytest.approx(others, abs=1e-9)
 
 
-def test_the_weighted_reward_rises() -> None:
+@pytest.mark.parametrize("type", ["grpo", "ppo"])
+def test_the_weighted_reward_rises(type: str) -> None:
     rewards = [{"metric": {"type": "length", "max_chars": 4, "min_chars": 0}, "weight": 2.0}]
-    settings: dict[str, Any] = {"rewards": rewards, "group_size": 6, "beta": 0.0}
+    settings: dict[str, Any] = {"type": type, "rewards": rewards, "group_size": 6, "beta": 0.0}
+    settings |= {"num_iterations": 1}
     trainer = Trainer(MultiAdapterModel(exact_model()), template=TEMPLATE)
     chosen = trial({**GRPO, **settings}, steps=25, batch_size=4, lr=2e-2)
     trainer.join("a", chosen, ROWS)
