@@ -40,14 +40,14 @@ STEPS = 2
 """The first one makes the optimizer's moments, the second one has them all along."""
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 2, "hidden": 64, "inner": 128, "heads": 4, "kv_heads": 2, "vocab": 512},
-    "deep": {"layers": 8, "hidden": 512, "inner": 1408, "heads": 8, "kv_heads": 4, "vocab": 8192},
+    "deep": {"layers": 4, "hidden": 512, "inner": 1408, "heads": 8, "kv_heads": 4, "vocab": 4096},
     "wide": {
-        "layers": 4,
-        "hidden": 1024,
-        "inner": 2816,
-        "heads": 16,
-        "kv_heads": 16,
-        "vocab": 32000,
+        "layers": 2,
+        "hidden": 768,
+        "inner": 2048,
+        "heads": 12,
+        "kv_heads": 12,
+        "vocab": 16384,
     },
 }
 Cell = dict[str, Any]

@@ -163,19 +163,28 @@ class ModelShape:
 
     def weight_bytes(self, section: ModelSection) -> WeightBytes:
         """Returns what the base occupies as the recipe's `model` section stores it."""
-        size = torch_dtype(section).itemsize
-        weights = constants = 0
-        for name, shape in self.parameters.items():
-            count = math.prod(shape)
-            is_packed = name.removesuffix(".weight") in self._packable
-            if section.quantization.type == "none" or not is_packed:
-                weights += count * size
-                continue
-            packed = packed_bytes(section.quantization, shape)
-            weights += packed.weights
-            constants += packed.constants
-        buffers = sum(buffer.nbytes for buffer in self._bare.buffers())
-        return WeightBytes(weights + buffers, constants)
+        if section.quantization.type == "none":
+            return WeightBytes(self.unpacked_bytes(section), 0)
+        packed = [packed_bytes(section.quantization, shape) for shape in self._packed_shapes()]
+        return WeightBytes(
+            self.unpacked_bytes(section) + sum(of.weights for of in packed),
+            sum(of.constants for of in packed),
+        )
+
+    def unpacked_bytes(self, section: ModelSection) -> int:
+        """Returns what those weights and buffers occupy that are not quantized."""
+        count = self.num_parameters
+        if section.quantization.type != "none":
+            count -= sum(math.prod(shape) for shape in self._packed_shapes())
+        buffers = sum(int(buffer.nbytes) for buffer in self._bare.buffers())
+        return count * int(torch_dtype(section).itemsize) + buffers
+
+    def _packed_shapes(self) -> list[tuple[int, ...]]:
+        return [
+            shape
+            for name, shape in self.parameters.items()
+            if name.removesuffix(".weight") in self._packable
+        ]
 
     @cached_property
     def file_bytes(self) -> int:

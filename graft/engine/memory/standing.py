@@ -31,6 +31,7 @@ from graft.methods.layerwise import LayerMethod
 from graft.methods.virtual import VirtualMethod
 from graft.methods.whole import WholeMethod
 from graft.models import torch_dtype
+from graft.models.section import ModelSection
 from graft.recipe.sections import Recipe
 
 Place = Literal["device", "host", "nvme"]
@@ -130,6 +131,8 @@ def standing_parts(
     found.add("quantization constants", "device", 0 if is_whole else base.constants)
     if not is_whole:
         found.add("adapter", "device", own / share)
+    if device == "cpu":
+        found.add("mapped files", "device", _packed_in_files(recipe, shape))
     if recipe.needs_reference:
         kept_adapter = own if recipe.train.init_from is not None else 0
         found.add("reference", "device", sum(base) if is_whole else kept_adapter)
@@ -219,14 +222,29 @@ def loading_parts(recipe: Recipe, shape: ModelShape, device: DeviceType) -> list
     base = shape.weight_bytes(recipe.model)
     found.add("weights", "device", base.weights)
     found.add("quantization constants", "device", base.constants)
-    is_as_in_files = recipe.model.quantization.type == "none" and torch_dtype(recipe.model) == (
-        shape.config.dtype or torch_dtype(recipe.model)
-    )
     if device == "cuda":
         found.add("mapped files", "host", shape.file_bytes)
-    elif not is_as_in_files:
+    elif not _is_as_in_files(recipe, shape):
         found.add("mapped files", "device", shape.file_bytes)
+    else:
+        found.add("mapped files", "device", _packed_in_files(recipe, shape))
     return found.parts
+
+
+def _is_as_in_files(recipe: Recipe, shape: ModelShape) -> bool:
+    return (shape.config.dtype or torch_dtype(recipe.model)) == torch_dtype(recipe.model)
+
+
+def _packed_in_files(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of files whose weights were packed, mapped for as long as others of the file are used.
+
+    Embeddings and norms of a quantized base on a CPU are pages of its files, and they hold on to
+    the whole mapping.
+    """
+    if recipe.model.quantization.type == "none" or not _is_as_in_files(recipe, shape):
+        return 0
+    plain = ModelSection(source="", dtype=recipe.model.dtype)
+    return shape.weight_bytes(plain).weights - shape.unpacked_bytes(recipe.model)
 
 
 def process_parts(device: DeviceType) -> list[MemoryPart]:
