@@ -11,7 +11,7 @@ from graft.core.sizes import format_bytes, parse_bytes
 from graft.engine.memory.estimate import MemoryEstimate, predict_memory
 from graft.engine.memory.shape import ModelShape
 from graft.engine.memory.stand_ins import DeviceType
-from graft.engine.memory.standing import number_bytes, size_of, standing_parts
+from graft.engine.memory.standing import number_bytes, process_parts, size_of, standing_parts
 from graft.recipe.sections import Recipe
 
 _FIXED = ("process", "CUDA context")
@@ -92,7 +92,7 @@ class MemoryCap:
     def surely_exceeds(self, recipe: Recipe) -> bool:
         """Tells quickly that a run cannot fit: what stands still is too much already."""
         device = self._limits.device
-        parts = standing_parts(recipe, self._shape, device, slots=1)
+        parts = [*standing_parts(recipe, self._shape, device, slots=1), *process_parts(device)]
         standing = sum(part.size_bytes for part in parts if part.place == "device")
         return standing > self.limit(recipe)
 
