@@ -36,6 +36,8 @@ class SvdCompressor(Compressor):
     type: Literal["svd"] = "svd"
     r: int = Field(4, ge=1)
     """Rank kept, at most. An adapter whose rank is no larger stays as it is."""
+    share: float | None = Field(None, gt=0, le=1)
+    """Keep at most this share of the adapter's own rank as well: for a rank that is searched."""
     energy: float | None = Field(None, gt=0, le=1)
     """Keep only as many ranks below `r` as every site needs for this share of its squared norm."""
 
@@ -47,10 +49,12 @@ class SvdCompressor(Compressor):
         """
         method, pairs = _lora(adapter).plain(adapter.tensors)
         adapter = Adapter(method, pairs) if method is not adapter.method else adapter
-        if method.r <= self.r and self.energy is None:
+        kept = min(self.r, method.r)
+        if self.share is not None:
+            kept = min(kept, max(1, int(self.share * method.r)))
+        if kept == method.r and self.energy is None:
             return adapter
         factors = {site: _decompose(site, pair) for site, pair in adapter.tensors.items()}
-        kept = min(self.r, method.r)
         if self.energy is not None:
             needed = (_rank_for(s, self.energy) for _, s, _ in factors.values())
             kept = min(kept, max(needed, default=1))

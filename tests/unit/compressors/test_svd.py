@@ -38,6 +38,22 @@ def test_the_scale_and_the_shapes_promised_are_kept(use_rslora: bool) -> None:
         assert pair["lora_B"].shape == (adapter.tensors[site]["lora_B"].shape[0], 2)
 
 
+@pytest.mark.parametrize(
+    ("r", "share", "kept"), [(8, 0.4, 3), (2, 0.9, 2), (8, 0.01, 1), (8, 1.0, 8)]
+)
+def test_a_share_of_the_own_rank_bounds_what_is_kept(
+    r: int, share: float, kept: int, adapter: Adapter
+) -> None:
+    assert isinstance(adapter.method, LoraMethod)
+    assert adapter.method.r == 8
+    small = SvdCompressor(r=r, share=share).compress(adapter)
+    assert isinstance(small.method, LoraMethod)
+    assert small.method.r == kept
+    by_rank = SvdCompressor(r=kept).compress(adapter)
+    for site, pair in by_rank.tensors.items():
+        assert torch.equal(small.tensors[site]["lora_A"], pair["lora_A"])
+
+
 def test_a_second_pass_changes_nothing(adapter: Adapter) -> None:
     small = SvdCompressor(r=3).compress(adapter)
     assert SvdCompressor(r=3).compress(small) is small
