@@ -38,6 +38,8 @@ from graft.engine.memory.standing import (
     standing_parts,
 )
 from graft.engine.memory.workload import Answers, Workload
+from graft.methods._lora_family import LoraFamily
+from graft.methods.base import FusedSize, Method
 from graft.recipe.sections import Recipe
 
 
@@ -121,7 +123,7 @@ def predict_memory(
     """
     work = work or Workload.bound(recipe, slots, device=torch.device(device))
     standing = [*standing_parts(recipe, shape, device, slots), *process_parts(device)]
-    setting = _setting(recipe, device, min(slots, work.rows))
+    setting = _setting(recipe, shape, device, min(slots, work.rows))
     highest = [
         [*standing, *_moving(recipe, shape, _in_lanes(parts, work), slots - setting.slots)]
         for parts in _step_peaks(_Keyed(shape), setting, work)
@@ -178,18 +180,31 @@ def _answer_peaks(keyed: _Keyed, setting: Setting, answers: Answers) -> list[Par
     return answer_peaks(keyed.shape, setting, answers)
 
 
-def _setting(recipe: Recipe, device: DeviceType, slots: int) -> Setting:
+def _setting(recipe: Recipe, shape: ModelShape, device: DeviceType, slots: int) -> Setting:
     needs = {need for part in recipe.parts for need in part.objective.needs}
     train_free = recipe.model.model_copy(update={"source": "", "revision": None, "device": "auto"})
     return Setting(
         section=train_free,
-        method=recipe.method,
+        method=_without_experts(recipe.method, shape),
         device=device,
         checkpoints=recipe.scale.gradient_checkpointing,
         has_head="values" in needs,
         needs_entropy="entropy" in needs,
         slots=slots,
     )
+
+
+def _without_experts(method: Method, shape: ModelShape) -> Method:
+    """The same method beside the experts: which of them a token takes is not known before it runs.
+
+    Low-rank states of the few tokens of an expert are all that is left out of activations.
+    """
+    if not isinstance(method, LoraFamily):
+        return method
+    sizes = [shape.linears[site.name] for site in method.sites(shape.linears)]
+    if not any(isinstance(size, FusedSize) for size in sizes):
+        return method
+    return method.model_copy(update={"target_modules": "all-linear"})
 
 
 def _moving(recipe: Recipe, shape: ModelShape, parts: Parts, elsewhere: int) -> list[MemoryPart]:

@@ -93,7 +93,10 @@ class ModelShape:
         try:
             with no_init_weights():
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=attention
+                    config,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    experts_implementation=None,  # transformers' own choice, as when loading
                 )
             model.tie_weights()
         except Exception as error:  # transformers raises many kinds for one cause

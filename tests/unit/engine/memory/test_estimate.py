@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from graft.engine.memory import MemoryEstimate, ModelShape, Workload, predict_memory
 from graft.recipe.sections import Recipe
-from graft.testing import tiny_model
+from graft.testing import tiny_model, tiny_moe
 
 WORK = Workload(rows=2, row_tokens=16, supervised_tokens=16)
 LLAMA_2_70B = LlamaConfig(
@@ -149,3 +149,13 @@ def test_an_estimate_says_its_largest_parts() -> None:
     shape = ModelShape.of(tiny_model().config)
     words = predict_memory(recipe_of(), shape, "cuda", work=WORK).in_words()
     assert "CUDA context 534 MB" in words
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["experts.down_proj"]])
+def test_a_base_of_experts_is_predicted_with_and_without_adapters_on_them(targets: Any) -> None:
+    shape = ModelShape.of(tiny_moe().config)
+    recipe = recipe_of(method={"type": "lora", "r": 4, "target_modules": targets})
+    found = standing_bytes(predict_memory(recipe, shape, "cpu", work=WORK))
+    per_expert = 4 * 4 * (48 + 64)
+    assert found["activations"] > 0
+    assert targets == "all-linear" or found["adapter"] == 2 * 4 * per_expert
