@@ -12,9 +12,6 @@ from typing import Any
 import ray
 from ray.tune import Callback, Trainable
 
-LIGHT_CPUS = 0.01
-"""Of a trial that only waits. Ray refuses 0."""
-
 
 class PackedTrial(Trainable):
     """A trial's seat in the pack, as Tune sees it.
