@@ -42,15 +42,14 @@ def trained(*, recompute: bool = False) -> tuple[dict[str, Any], list[float]]:
     """A pack of five methods after four steps: its weights and its losses."""
     model = MultiAdapterModel(exact_model())
     if recompute:
-        recompute_layers(model.base)
+        recompute_layers(model)
     trainer = Trainer(model)
-    names = [name for name in METHODS if not (recompute and name == "prefix")]
-    for name in names:
-        trainer.join(name, recipe(METHODS[name]), ROWS)
+    for name, method in METHODS.items():
+        trainer.join(name, recipe(method), ROWS)
     losses = [report.loss for _ in range(4) for report in trainer.step().values()]
     weights = {
         f"{name}.{key}": value
-        for name in names
+        for name in METHODS
         for key, value in trainer.backend.parameters(name).items()
     }
     return weights, losses

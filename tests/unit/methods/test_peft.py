@@ -134,10 +134,10 @@ def test_it_trains_under_gradient_checkpointing_to_the_same_weights() -> None:
     recipe = make_recipe(method=method_of("OFT"), train={"steps": 2, "batch_size": 4})
     ends = []
     for recomputes in (False, True):
-        base = tiny_model()
+        model = MultiAdapterModel(tiny_model())
         if recomputes:
-            recompute_layers(base)
-        trainer = Trainer(MultiAdapterModel(base))
+            recompute_layers(model)
+        trainer = Trainer(model)
         trainer.join("own", recipe, ROWS)
         while trainer.step():
             pass
