@@ -18,7 +18,8 @@ from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answer_scores import score_outcomes
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
-from graft.engine.generate import GenerationRequest, generate
+from graft.engine.generate import GenerationRequest
+from graft.engine.generate_lanes import generate
 from graft.engine.logprobs import supervised_logprobs
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.methods.routing import Observed

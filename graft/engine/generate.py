@@ -7,17 +7,14 @@ cache cell is free and leaves at its last token.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from graft.core.errors import ConfigError
-from graft.core.progress import QUIET, Progress, Task
 from graft.engine.kv_cache import KVCache, require_full_attention
-from graft.engine.lanes import in_lanes, num_lanes
 from graft.engine.multi import Routing
 from graft.engine.sampling import next_tokens
 from graft.engine.text_stream import TextStream
@@ -25,6 +22,7 @@ from graft.engine.text_stream import TextStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from graft.core.progress import Task
     from graft.engine.multi import MultiAdapterModel
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -372,45 +370,6 @@ class Generator:
             return GenerationEvent(row.request_id, token, text + row.stream.flush(), "length")
         return GenerationEvent(row.request_id, token, text, None)
 
-
-def generate(
-    model: MultiAdapterModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[GenerationRequest],
-    *,
-    max_batch: int,
-    max_length: int,
-    progress: Progress = QUIET,
-) -> list[GenerationResult]:
-    """Answers all requests, in their order; on a CPU each core decodes a share of them.
-
-    Args:
-        model: The base with its slots.
-        tokenizer: Turns tokens into text.
-        requests: Of any slots.
-        max_batch: Requests decoded together.
-        max_length: Longest prompt and answer together, in tokens.
-        progress: Told of every answer.
-    """
-    # Layers that are divided between workers are gathered by one pass at a time.
-    most = 1 if model.is_partitioned else min(len(requests), max_batch) // _MIN_LANE_REQUESTS
-    number = num_lanes(model.device, most)
-    size = -(-len(requests) // number)
-    with progress.task("generate", len(requests), "answer") as task:
-
-        def share(start: int) -> list[GenerationResult]:
-            own = requests[start : start + size]  # together: a prompt asked again is read once
-            room = max(1, min(-(-max_batch // number), len(own)))
-            generator = Generator(model, tokenizer, max_batch=room, max_length=max_length)
-            return generator.run(own, task)
-
-        starts = range(0, len(requests), max(size, 1))
-        shares = in_lanes([partial(share, start) for start in starts]) if number > 1 else [share(0)]
-    return [result for own in shares for result in own]
-
-
-_MIN_LANE_REQUESTS = 4
-"""Requests that are worth a lane of their own."""
 
 _Prompt = tuple[str | None, tuple[int, ...]]
 

@@ -96,7 +96,12 @@ def run_in_lanes(
 
 
 def in_lanes(work: Sequence[Callable[[], Told]]) -> list[Told]:
-    """Does several things at once, a lane each; returns what they give, in order."""
+    """Does several things at once, a lane each; returns what they give, in order.
+
+    One alone has all cores, and is done by the calling thread.
+    """
+    if len(work) < 2:
+        return [one() for one in work]
     with _threads_of(len(work)) as pool:
         running = [pool.submit(one) for one in work]
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from graft.core.errors import ConfigError, GraftError
 from graft.core.model import Listed, StrictModel
@@ -88,14 +88,13 @@ def plan(
     """
     sections = space.sections()
     target = find_target(gpu, cluster, space.example(), host_memory)
-    found: list[tuple[PlannedBranch, Recipe | None]] = [
-        _branch(space, choices) for choices in _branches(space)
-    ]
+    kinds = [_kind(space, choices) for choices in _branches(space)]
     planned, unknown = None, ""
     try:
         shape = _shape(space.example(), home)
-        found = _with_memory(space, found, shape, target)
-        planned = _time(found, shape, target, space, home, price)
+        cap = _cap(shape, target)
+        kinds = [_measured(space, kind, cap, target) for kind in kinds]
+        planned = _time(kinds, shape, target, space, home, price)
     except GraftError as error:
         unknown = str(error)
     if planned is None and not unknown:
@@ -114,7 +113,7 @@ def plan(
             )
             for name, known in space.holes.items()
         ),
-        branches=tuple(branch for branch, _ in found),
+        branches=tuple(kind.branch for kind in kinds),
         compatibility=method_support(),
         hardware=target.name,
         time=planned,
@@ -127,6 +126,12 @@ def _shape(recipe: Recipe, home: Path) -> ModelShape:
     from graft.models import find_config
 
     return ModelShape.of(find_config(recipe.model, home))
+
+
+def _cap(shape: ModelShape, target: Target) -> MemoryCap:
+    from graft.engine.memory.cap import MemoryCap
+
+    return MemoryCap(shape, target.limits)
 
 
 def _branches(space: RecipeSpace) -> list[dict[str, Any]]:
@@ -146,7 +151,14 @@ def _branches(space: RecipeSpace) -> list[dict[str, Any]]:
     return found[:_MAX_BRANCHES]
 
 
-def _branch(space: RecipeSpace, choices: dict[str, Any]) -> tuple[PlannedBranch, Recipe | None]:
+class _Kind(NamedTuple):
+    choices: dict[str, Any]
+    branch: PlannedBranch
+    recipe: Recipe | None
+    """The middle of the branch; None where it is refused."""
+
+
+def _kind(space: RecipeSpace, choices: dict[str, Any]) -> _Kind:
     from graft.runtime.searcher import executor_of
 
     labels = {name: str(value) for name, value in choices.items()}
@@ -155,46 +167,29 @@ def _branch(space: RecipeSpace, choices: dict[str, Any]) -> tuple[PlannedBranch,
         executor = executor_of(recipe)
     except ConfigError as error:
         refused = PlannedBranch(choices=labels, method="", executor="refused", reason=str(error))
-        return refused, None
+        return _Kind(choices, refused, None)
     method = recipe.method.type
-    return PlannedBranch(choices=labels, method=method, executor=executor, reason=""), recipe
+    runs = PlannedBranch(choices=labels, method=method, executor=executor, reason="")
+    return _Kind(choices, runs, recipe)
 
 
-def _with_memory(
-    space: RecipeSpace,
-    found: list[tuple[PlannedBranch, Recipe | None]],
-    shape: ModelShape,
-    target: Target,
-) -> list[tuple[PlannedBranch, Recipe | None]]:
-    from graft.engine.memory.cap import MemoryCap
-
-    cap = MemoryCap(shape, target.limits)
-    return [
-        (_measured(space, branch, choices, cap, target), recipe)
-        for (branch, recipe), choices in zip(found, _branches(space), strict=True)
-    ]
-
-
-def _measured(
-    space: RecipeSpace,
-    branch: PlannedBranch,
-    choices: dict[str, Any],
-    cap: MemoryCap,
-    target: Target,
-) -> PlannedBranch:
-    if branch.executor == "refused":
-        return branch
+def _measured(space: RecipeSpace, kind: _Kind, cap: MemoryCap, target: Target) -> _Kind:
+    """Adds the memory, or refuses what never fits."""
+    branch = kind.branch
+    if kind.recipe is None:
+        return kind
     try:
         memory = plan_memory(
-            space, choices, cap, devices=target.devices, packs=branch.executor == "packed"
+            space, kind.choices, cap, devices=target.devices, packs=branch.executor == "packed"
         )
     except ConfigError as error:
-        return branch.model_copy(update={"executor": "refused", "reason": str(error)})
-    return branch.model_copy(update={"memory": memory})
+        refused = branch.model_copy(update={"executor": "refused", "reason": str(error)})
+        return kind._replace(branch=refused, recipe=None)
+    return kind._replace(branch=branch.model_copy(update={"memory": memory}))
 
 
 def _time(
-    found: list[tuple[PlannedBranch, Recipe | None]],
+    kinds: list[_Kind],
     shape: ModelShape,
     target: Target,
     space: RecipeSpace,
@@ -202,20 +197,20 @@ def _time(
     price: float | None,
 ) -> PlannedTime | None:
     """The middle of each kind stands for its trials."""
-    kinds = [recipe for branch, recipe in found if recipe and branch.executor != "refused"]
-    if target.speed is None or not kinds:
+    recipes = [kind.recipe for kind in kinds if kind.recipe]
+    if target.speed is None or not recipes:
         return None
-    alone = [recipe for branch, recipe in found if recipe and branch.executor == "dedicated"]
+    alone = [kind.recipe for kind in kinds if kind.recipe and kind.branch.executor == "dedicated"]
     # A pack has one device; dedicated trials share all of them out.
     most = max((recipe.scale.max_workers for recipe in alone), default=1)
     devices = target.devices // most * most if alone else 1
     if space.is_complete:
-        trials = kinds[0].search.model_copy(update={"trials": 1})
-        kinds = [kinds[0].model_copy(update={"search": trials})]
-        devices = kinds[0].scale.max_workers
-    tokens = [_row_tokens(recipe, home) for recipe in kinds]
+        trials = recipes[0].search.model_copy(update={"trials": 1})
+        recipes = [recipes[0].model_copy(update={"search": trials})]
+        devices = recipes[0].scale.max_workers
+    tokens = [_row_tokens(recipe, home) for recipe in recipes]
     return plan_time(
-        kinds, shape, target.speed, row_tokens=tokens, devices=max(1, devices), price=price
+        recipes, shape, target.speed, row_tokens=tokens, devices=max(1, devices), price=price
     )
 
 

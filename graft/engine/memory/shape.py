@@ -18,6 +18,7 @@ import torch
 from graft.core.errors import ModelError
 from graft.core.files import sha256_json
 from graft.engine.multi import MultiAdapterModel
+from graft.engine.multi.prompts import base_shape
 from graft.methods.virtual import BaseShape
 from graft.models import ReadyModel, torch_dtype
 
@@ -141,15 +142,7 @@ class ModelShape:
     @cached_property
     def base_shape(self) -> BaseShape:
         """What virtual tokens and a cache of keys and values depend on."""
-        config = self.config.get_text_config()
-        heads = config.num_attention_heads
-        return BaseShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=int(self._bare.get_input_embeddings().num_embeddings),
-        )
+        return base_shape(self._bare)
 
     @cached_property
     def layers_are_alike(self) -> bool:

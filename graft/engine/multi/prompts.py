@@ -27,6 +27,19 @@ from graft.models import load_tokenizer_in
 _MODULE = "virtual_tokens"
 
 
+def base_shape(base: PreTrainedModel) -> BaseShape:
+    """Sizes of a base that virtual tokens, and a cache of keys and values, depend on."""
+    config = base.config.get_text_config()
+    heads = config.num_attention_heads
+    return BaseShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=int(base.get_input_embeddings().num_embeddings),
+    )
+
+
 class FrozenModel:
     """The bare base, as virtual tokens meet it; see `graft.methods.virtual.FrozenBase`."""
 
@@ -37,15 +50,7 @@ class FrozenModel:
     @cached_property
     def shape(self) -> BaseShape:
         """Sizes of the base."""
-        config = self._base.config.get_text_config()
-        heads = config.num_attention_heads
-        return BaseShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=self._base.get_input_embeddings().num_embeddings,
-        )
+        return base_shape(self._base)
 
     @torch.no_grad()
     def embed(self, token_ids: list[int]) -> torch.Tensor:

@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graft.core.errors import DataError, ServingError
-from graft.engine.generate import GenerationEvent, GenerationRequest, Generator
+from graft.engine.generate import GenerationEvent, GenerationRequest
+from graft.engine.generate_lanes import LaneGenerator
 from graft.serving.engines._slots import AdapterSlots, UnusableAdapterError
 from graft.serving.messages import Item, Job, Piece, Refused, Started
 
@@ -64,7 +65,7 @@ class NativeEngine:
         self.max_length = min(max_length, template.context_tokens)
         # Fast tokenizers change state while they encode, so each thread has its own.
         tokenizer = copy.deepcopy(template.tokenizer)
-        self._generator = Generator(
+        self._generator = LaneGenerator(
             model, tokenizer, max_batch=max_batch, max_length=self.max_length
         )
         self._slots = AdapterSlots(

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 import torch
 
-from graft.engine.generate import GenerationRequest, generate
+from graft.engine.generate import GenerationRequest, Generator
+from graft.engine.generate_lanes import LaneGenerator, generate
 from graft.engine.lanes import Lanes, divide, run_in_lanes
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.recompute import recompute_layers
@@ -127,3 +128,40 @@ def test_lanes_give_the_answers_of_one_generator(threads: Any) -> None:
         assert torch.get_num_threads() == number
     assert answers[0] == answers[1] == answers[2]
     assert generate(model, tiny_tokenizer(), [], max_batch=16, max_length=40) == []
+
+
+def test_requests_come_and_go_in_lanes_as_in_one_generator(threads: Any) -> None:
+    model = MultiAdapterModel(exact_model())
+    model.add_slot("own", LoraMethod(r=2), seed=1)
+    requests = [
+        GenerationRequest([3 + at, 5, 7], slot="own" if at % 2 else None, max_new_tokens=4 + at % 5)
+        for at in range(14)
+    ]
+    alone = Generator(model, tiny_tokenizer(), max_batch=1).run(requests)
+    threads(2)
+    lanes = LaneGenerator(model, tiny_tokenizer(), max_batch=8, max_length=40)
+    ids, tokens, ended = [], dict[int, list[int]](), dict[int, str]()
+
+    def step() -> None:
+        for event in lanes.step():
+            if event.token_id is not None:
+                tokens.setdefault(event.request_id, []).append(event.token_id)
+            if event.finish_reason is not None:
+                ended[event.request_id] = event.finish_reason
+
+    step()  # nothing to do
+    for request in requests:
+        ids.append(lanes.submit(request))
+        step()
+    cancelled = lanes.submit(GenerationRequest([9, 9], max_new_tokens=30))
+    step()
+    lanes.cancel(cancelled)
+    while not lanes.is_idle:
+        step()
+    assert len(set(ids)) == len(ids)
+    assert {number % 2 for number in ids} == {0, 1}  # both lanes had work
+    assert [tokens[number] for number in ids] == [result.token_ids for result in alone]
+    assert ended.pop(cancelled) == "cancelled"
+    assert ended == {
+        number: result.finish_reason for number, result in zip(ids, alone, strict=True)
+    }
