@@ -11,15 +11,13 @@ import torch
 from graft.core.errors import TrainingError
 from graft.core.progress import QUIET, Progress
 from graft.data.records import TokenRow
-from graft.engine.batches import RoutedRow, micro_batches
+from graft.engine.batches import MicroBatch, RoutedRow
 from graft.engine.logprobs import read_positions
+from graft.engine.reading import read_rows_by
 from graft.metrics.base import RowOutcome
 
 if TYPE_CHECKING:
     from graft.engine.multi import MultiAdapterModel
-
-_TOKENS = 2048
-"""Padded tokens of one forward pass."""
 
 
 @torch.inference_mode()
@@ -42,11 +40,14 @@ def answer_scores(
         return [[0.0] * row.num_branches for row in rows]
     found: list[list[float]] = [[] for _ in rows]
     routed = [RoutedRow(slot, row, index) for index, row in enumerate(rows)]
-    batches = micro_batches(routed, _TOKENS, model.device, shares_prompts=model.shares_prompts)
+
+    def read(batch: MicroBatch) -> list[float]:
+        hidden_PH = read_positions(model, batch).hidden_PH
+        scores: list[float] = model.heads.values(slot, hidden_PH).tolist()
+        return scores
+
     with progress.task("scores", len(rows), "row") as task:
-        for batch in batches:
-            hidden_PH = read_positions(model, batch).hidden_PH
-            scores = model.heads.values(slot, hidden_PH).tolist()
+        for batch, scores in read_rows_by(model, routed, read):
             for at, score in zip(batch.supervised_rows.tolist(), scores, strict=True):
                 found[batch.rows[at].position].append(score)
             task.advance(len(batch.rows))

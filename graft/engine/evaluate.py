@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -17,10 +18,11 @@ from graft.core.progress import QUIET, Progress
 from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answer_scores import score_outcomes
-from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
+from graft.engine.batches import MicroBatch, RoutedRow
 from graft.engine.generate import GenerationRequest
 from graft.engine.generate_lanes import generate
 from graft.engine.logprobs import supervised_logprobs
+from graft.engine.reading import read_rows_by
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.methods.routing import Observed
 from graft.metrics.base import Metric, RowOutcome
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NUM_RESAMPLES = 1000
-LOSS_TOKENS = 2048
-"""Padded tokens of one forward pass."""
 
 
 class EvalReport(StrictModel):
@@ -237,12 +237,9 @@ def pair_margins(
 def _logprobs(
     model: MultiAdapterModel, slot: str | None, rows: Sequence[TokenRow]
 ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
-    """Reads rows of like length together; a batch, and its targets' log-probabilities."""
+    """Yields micro-batches and their targets' log-probabilities."""
     routed = [RoutedRow(slot, row, index) for index, row in enumerate(rows)]
-    for batch in micro_batches(
-        routed, LOSS_TOKENS, model.device, shares_prompts=model.shares_prompts
-    ):
-        yield batch, supervised_logprobs(model, batch)
+    return read_rows_by(model, routed, partial(supervised_logprobs, model))
 
 
 def greedy_answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ import torch
 
 from graft.data.records import TokenRow
 from graft.engine.backends.base import Backend
-from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
+from graft.engine.batches import MicroBatch, RoutedRow
 from graft.engine.logprobs import read_positions
 from graft.engine.multi import MultiAdapterModel
+from graft.engine.reading import read_batches, reading_batches
 from graft.objectives.base import TokenOutputs
 
 Scores = Sequence[float]
@@ -73,19 +75,18 @@ def read_rows(
     routed = [RoutedRow(slot, row, at) for at, row in enumerate(rows)]
     routed.sort(key=lambda r: (-len(r.row.input_ids), r.position))
 
-    def batched(some: list[RoutedRow]) -> list[MicroBatch]:
-        return micro_batches(some, max_tokens, model.device, shares_prompts=model.shares_prompts)
-
-    batches = batched(routed[backend.world_rank :: backend.world_size])
+    has_lanes = backend.takes_lanes and backend.world_size == 1
+    own = routed[backend.world_rank :: backend.world_size]
+    batches, lanes = reading_batches(model, own, max_tokens, takes_lanes=has_lanes)
     num_own = len(batches)
     # An idle worker runs along: collectives inside the model need everyone.
     num_idle = backend.forward_backward_count(num_own) - num_own
-    batches += batched(routed[-1:]) * num_idle
+    batches += reading_batches(model, routed[-1:], max_tokens)[0] * num_idle
     counts = [len(row.targets) for row in rows]
     starts = list(accumulate(counts, initial=0))
     flat = torch.zeros(1 if head is None else 2, starts[-1], dtype=torch.float64)
-    for run, batch in enumerate(batches):
-        found = _read(model, batch, head, temperature)
+    read = partial(_read, model, head=head, temperature=temperature)
+    for run, (batch, found) in enumerate(read_batches(model, batches, read, lanes)):
         if run < num_own:
             of_rows = found.split([counts[r.position] for r in batch.rows], dim=1)
             for member, scores in zip(batch.rows, of_rows, strict=True):

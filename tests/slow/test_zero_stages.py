@@ -131,8 +131,8 @@ def test_other_layerwise_methods_train_on_two_workers_as_in_one_process(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "reward"])
-def test_preferences_are_learned_by_two_workers_as_by_one(
+@pytest.mark.parametrize("kind", ["pretrain", "dpo", "orpo", "kto", "reward"])
+def test_texts_and_preferences_are_learned_by_two_workers_as_by_one(
     kind: str, stage: int, tmp_path: Path
 ) -> None:
     objective = {"type": kind}

@@ -62,10 +62,25 @@ def asking_rows(objective: Objective) -> list[TokenRow]:
     return rows
 
 
+def packed_documents(objective: Objective) -> list[TokenRow]:
+    """Documents of very uneven length, several in a row."""
+    draw = random.Random(2)
+    words = ["light", "kitchen", "turn", "off", "the"]
+    texts = [" ".join(draw.choices(words, k=draw.choice([2, 5, 20]))) for _ in range(80)]
+    rows = [
+        row
+        for index, text in enumerate(texts)
+        for row in objective.rows(Example(source=f"row {index}", text=text), TEMPLATE)
+    ]
+    return objective.pack(rows, 48)
+
+
 def rows_for(objective: Objective) -> list[TokenRow]:
     """Rows that an objective learns from."""
     if objective.type == "sft":
         return tiny_token_rows()
+    if objective.type == "pretrain":
+        return packed_documents(objective)
     if "rollouts" in objective.needs:
         return asking_rows(objective)
     rows = preference_rows(objective.type)

@@ -9,8 +9,8 @@ import torch
 
 from graft.data.records import TokenRow
 from graft.engine.answers import CACHE_TOKENS, MAX_BATCH
-from graft.engine.evaluate import LOSS_TOKENS
 from graft.engine.lanes import Lanes, divide
+from graft.engine.reading import READ_TOKENS
 from graft.methods.whole import WholeMethod
 from graft.metrics.base import METRICS
 from graft.objectives.base import Objective
@@ -113,7 +113,7 @@ class Workload(NamedTuple):
     def held_out(cls, recipe: Recipe) -> Workload:
         """Returns the largest pass over held-out rows that a recipe allows."""
         longest = max(part.section.max_length for part in recipe.parts)
-        rows = max(1, LOSS_TOKENS // longest)
+        rows = max(1, READ_TOKENS // longest)
         return cls(rows, longest, rows * (longest - 1))
 
 

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from graft.engine.evaluate import row_losses
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.generate_lanes import LaneGenerator, generate
 from graft.engine.lanes import Lanes, divide, run_in_lanes
@@ -10,6 +11,7 @@ from graft.engine.multi import MultiAdapterModel
 from graft.engine.recompute import recompute_layers
 from graft.engine.train import Trainer
 from graft.methods.lora import LoraMethod
+from graft.methods.mixture import MixtureMethod
 from graft.recipe import Recipe
 from graft.testing import tiny_tokenizer
 from tests.unit.engine.conftest import exact_model, make_recipe, make_rows
@@ -165,3 +167,20 @@ def test_requests_come_and_go_in_lanes_as_in_one_generator(threads: Any) -> None
     assert ended == {
         number: result.finish_reason for number, result in zip(ids, alone, strict=True)
     }
+
+
+def test_rows_are_read_in_lanes_as_in_one_pass(threads: Any) -> None:
+    model = MultiAdapterModel(exact_model())
+    model.add_slot("own", MixtureMethod(r=2, num_experts=3), seed=1)
+    losses, seen = [], []
+    for number in (1, 2, 3):
+        threads(number)
+        with model.observed() as observed:
+            losses.append(row_losses(model, "own", ROWS))
+        seen.append({name: torch.cat(figures).mean(0) for name, figures in observed.items()})
+    assert seen[0]
+    for found, told in zip(losses[1:], seen[1:], strict=True):
+        assert found == [(pytest.approx(total, rel=1e-12), count) for total, count in losses[0]]
+        assert told.keys() == seen[0].keys()
+        for name, figures in told.items():
+            torch.testing.assert_close(figures, seen[0][name])
