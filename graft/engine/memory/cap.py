@@ -91,10 +91,16 @@ class MemoryCap:
 
     def surely_exceeds(self, recipe: Recipe) -> bool:
         """Tells quickly that a run cannot fit: what stands still is too much already."""
-        device = self._limits.device
-        parts = [*standing_parts(recipe, self._shape, device, slots=1), *process_parts(device)]
-        standing = sum(part.size_bytes for part in parts if part.place == "device")
-        return standing > self.limit(recipe)
+        limits = self._limits
+        parts = [
+            *standing_parts(recipe, self._shape, limits.device, slots=1),
+            *process_parts(limits.device),
+        ]
+        on_device = sum(part.size_bytes for part in parts if part.place == "device")
+        on_host = sum(part.size_bytes for part in parts if part.place == "host")
+        if limits.host_bytes is not None and on_host * self._neighbours(recipe) > limits.host_bytes:
+            return True
+        return on_device > self.limit(recipe)
 
     def require(self, recipe: Recipe) -> None:
         """Refuses a run that does not fit.
