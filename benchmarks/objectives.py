@@ -48,7 +48,7 @@ class Ours:
         from graft.compressors.folder import save_adapter
         from graft.engine.train import Trainer
 
-        self._trainer = Trainer(run.model)
+        self._trainer = Trainer(run.model, template=run.template)
         self._trainer.join("own", run.recipe, run.prepared.train)
         save_adapter(start, Adapter(run.recipe.method, run.model.tensors("own")), "base")
 
