@@ -16,14 +16,26 @@ from graft.methods.routing import GroupRouting
 def low_rank_product(
     x_NTI: torch.Tensor, a_SIR: torch.Tensor, b_SRO: torch.Tensor, routing: GroupRouting
 ) -> torch.Tensor:
-    """Two batched products: over slots where all have as many rows, else over rows."""
+    """Two products a slot: batched where all have as many rows, else one slot after another.
+
+    Where slots have hardly a token each, as adapters of many tenants do that decode, products are
+    batched over rows instead, each with its own copy of the factors.
+    """
     num_slots = len(routing.slots)
     rows, tokens, width = x_NTI.shape
     if len(set(routing.num_rows)) == 1:
         x_SMI = x_NTI.reshape(num_slots, rows // num_slots * tokens, width)
         return (x_SMI @ a_SIR @ b_SRO).view(rows, tokens, b_SRO.shape[-1])
-    slot_N = routing.slot_of_row(x_NTI.device)
-    return x_NTI @ a_SIR[slot_N] @ b_SRO[slot_N]
+    if rows * tokens < _TOKENS_OF_SLOT * num_slots:
+        slot_N = routing.slot_of_row(x_NTI.device)
+        return x_NTI @ a_SIR[slot_N] @ b_SRO[slot_N]
+    own = zip(x_NTI.split(list(routing.num_rows)), a_SIR.unbind(), b_SRO.unbind(), strict=True)
+    parts = [x_nTI.reshape(-1, width) @ a_IR @ b_RO for x_nTI, a_IR, b_RO in own]
+    return torch.cat(parts).view(rows, tokens, b_SRO.shape[-1])
+
+
+_TOKENS_OF_SLOT = 4
+"""On average; from so many on, a product a slot is faster than copies of its factors."""
 
 
 def drop_input(x_NTI: torch.Tensor, rates: Sequence[float], routing: GroupRouting) -> torch.Tensor:
