@@ -148,7 +148,8 @@ class DeepSpeedBackend:
             "steps_per_print": None,
         }
         if self._scale.zero_stage == 0:
-            return config
+            # Unsaid, it would be 1: a clip of DeepSpeed's own before the one in the optimizer.
+            return config | {"gradient_clipping": 0.0}
         optimizer: dict[str, Any] = {
             "lr": settings.lr,
             "betas": list(settings.betas),
