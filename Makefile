@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-all check fmt docs bench clean
 
-demo: $(STAMP)          ## from nothing to a served adapter that renews itself (about 17 minutes)
+demo: $(STAMP)          ## from nothing to a served adapter that renews itself (20 to 25 minutes on 2 cores)
 	$(BIN)/python examples/smart_home/demo.py
 
 test: $(STAMP)          ## unit, contract, docs, Ray and end-to-end tests on the tiny model

@@ -32,14 +32,14 @@ CLEAN_PROMPTS = 400
 DRIFT_PROMPTS = 360
 CLIENTS = 32
 STAGES = {
-    "check model and data": 0.5,
-    "measure the bare base": 1.0,
-    "search": 7.0,
-    "compress and prove": 1.0,
-    "serve and watch": 1.0,
-    "clean traffic of two tenants": 1.5,
+    "check model and data": 0.9,
+    "measure the bare base": 0.8,
+    "search": 8.5,
+    "compress and prove": 1.1,
+    "serve and watch": 0.4,
+    "clean traffic of two tenants": 2.4,
     "new traffic until the alarm": 0.7,
-    "renew": 5.0,
+    "renew": 7.5,
     "report": 0.2,
 }
 """What the demo does, with the minutes that each stage took on a machine of two cores."""
