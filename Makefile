@@ -14,7 +14,7 @@ demo: $(STAMP)          ## from nothing to a served adapter that renews itself (
 	$(BIN)/python examples/smart_home/demo.py
 
 test: $(STAMP)          ## unit, contract, docs, Ray and end-to-end tests on the tiny model
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 3 --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --no-loadscope-reorder
 
 test-all: $(STAMP)      ## the slow ones and the ones for a GPU too
 	$(BIN)/python -m pytest
