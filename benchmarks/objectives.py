@@ -100,7 +100,7 @@ class TrlGrpo:
             run,
             start,
             {"prompt": ["asked"]},
-            reference={"reward_funcs": [_reward]},
+            rewards={"reward_funcs": [_reward]},
             per_device_train_batch_size=run.recipe.train.batch_size * self._group_size,
             num_generations=self._group_size,
             max_completion_length=settings["max_new_tokens"],
@@ -135,7 +135,7 @@ def _trl(
     run: LoadedRun,
     start: Path,
     row: dict[str, Any],
-    reference: dict[str, Any] | None = None,
+    rewards: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Any, PlainLoop]:
     """Makes a trainer that has our start, and the loop that steps it."""
@@ -155,7 +155,7 @@ def _trl(
         train_dataset=datasets.Dataset.from_dict(row),
         processing_class=run.template.tokenizer,
         peft_config=peft_config(start),
-        **(reference or {}),
+        **(rewards or {}),
     )
     load_weights(made.model, start)
     made.model.train()

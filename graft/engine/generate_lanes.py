@@ -41,10 +41,9 @@ class LaneGenerator:
         max_length: int,
     ) -> None:
         number = _num_lanes(model, max_batch)
-        room = -(-max_batch // number)
+        rooms = [max_batch // number + (at < max_batch % number) for at in range(number)]
         self._lanes = [
-            Generator(model, tokenizer, max_batch=room, max_length=max_length)
-            for _ in range(number)
+            Generator(model, tokenizer, max_batch=room, max_length=max_length) for room in rooms
         ]
 
     @property

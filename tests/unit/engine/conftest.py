@@ -14,6 +14,14 @@ from graft.recipe.sections import Recipe
 from graft.testing import tiny_model
 
 
+@pytest.fixture
+def threads() -> Any:
+    """Sets torch's threads and puts them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def exact_model(seed: int = 0) -> LlamaForCausalLM:
     """A tiny fp64 Llama; transformers' own RMSNorm would round to fp32 inside."""
     model = tiny_model(seed=seed, dtype=torch.float64)

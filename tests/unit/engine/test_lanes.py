@@ -27,14 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def threads() -> Any:
-    """Sets torch's threads and puts them back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def recipe(method: dict[str, Any], **train: Any) -> Recipe:
     return make_recipe(
         method=method, train={"steps": 12, "batch_size": 12, "lr": 2e-3, "seed": 3, **train}
