@@ -28,6 +28,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneRayC
     return OneRayCluster(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests that need Ray first: one process has them all, and would end last."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/ray/"))
+
+
 def pytest_configure() -> None:
     """Gives each of several test processes its share of the cores."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -90,4 +90,6 @@ class TrackSection(StrictModel):
     """Experiment tracking beside the run's own event files."""
 
     wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: a run a trial, in the study's group; `wandb sync` sends what is offline."""
     project: str = "graft"
+    """Of W&B."""

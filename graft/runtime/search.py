@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import uuid
 from collections.abc import Callable
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from graft.core.errors import MissingDependencyError, TrainingError
+from graft.core.errors import TrainingError
 from graft.core.events import EventLog
-from graft.core.process import environment
 from graft.core.progress import Progress, Task
 from graft.core.spaces import Choice, Int
 from graft.engine.run_folder import objective_figures
@@ -28,6 +26,7 @@ from graft.runtime.scheduler import StudyScheduler
 from graft.runtime.searcher import Loss, StudySearcher, TrialQueue, metrics_of
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
+from graft.runtime.tracking import WandbTracker
 from graft.runtime.trials import ENDED
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ class Search:
         self._session = session
         self._section = study.section
         self._watch = TrialWatch(study, progress)
+        track = space.sections().track
+        self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track)]
 
     def run(self) -> None:
         """Runs until the budget is spent or a grid is exhausted.
@@ -175,12 +176,10 @@ class Search:
                     checkpoint_at_end=False
                 ),  # trials keep their own
                 verbose=0,
-                callbacks=[self._watch, *callbacks, *self._trackers()],
+                callbacks=[self._watch, *self._trackers, *callbacks],
             ),
         )
-        wandb = self._space.sections().track.wandb
-        with environment(**({} if wandb == "off" else {"WANDB_MODE": wandb})):
-            tuner.fit()
+        tuner.fit()
         # Tune's own record of the turn is read by nobody, and grows with every trial.
         shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
 
@@ -190,27 +189,6 @@ class Search:
             return None
         ended = [self._study.trial_folder(t.number) for t in self._study.trials if t.state in ENDED]
         return StudyScheduler(section, self._section.objectives, max_steps(self._space), ended)
-
-    def _trackers(self) -> list[Any]:
-        track = self._space.sections().track
-        if track.wandb == "off":
-            return []
-        if importlib.util.find_spec("wandb") is None:
-            raise MissingDependencyError(
-                f"track.wandb: {track.wandb} needs the package wandb; pip install 'graft[wandb]'"
-            )
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        folder = self._study.folder / "wandb"
-        folder.mkdir(exist_ok=True)
-        return [
-            WandbLoggerCallback(
-                project=track.project,
-                group=self._study.folder.name,
-                mode=track.wandb,
-                dir=str(folder),
-            )
-        ]
 
 
 class TrialWatch(tune.Callback):

@@ -56,6 +56,26 @@ def searched(
     return recipe, home, tune(load_recipe(recipe), home=home)
 
 
+def wandb_records(path: Path) -> list[Any]:
+    """What a run of W&B was told, in order: its file is a log in LevelDB's format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, block, header = path.read_bytes(), 7, 32 * 1024, 7
+    records, parts = [], b""
+    while at + header <= len(content):
+        if block - at % block < header:
+            at += block - at % block
+            continue
+        length = int.from_bytes(content[at + 4 : at + 6], "little")
+        kind = content[at + 6]
+        parts += content[at + header : at + header + length]
+        at += header + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
 def test_a_packed_search_tells_every_trial_as_it_was(
     searched: tuple[Path, Path, TuneResult],
 ) -> None:
@@ -74,8 +94,14 @@ def test_every_trial_is_tracked_offline_when_asked(
     searched: tuple[Path, Path, TuneResult],
 ) -> None:
     _, home, result = searched
-    runs = list((home / "studies" / result.study / "wandb").rglob("run-*.wandb"))
-    assert len(runs) == len(result.trials)
+    runs = (home / "studies" / result.study / "wandb").rglob("run-*.wandb")
+    numbers = {int(path.stem.rsplit("-", 1)[1]): path for path in runs}
+    assert sorted(numbers) == [trial.number for trial in result.trials]
+    for trial in result.trials:
+        told = wandb_records(numbers[trial.number])
+        steps = [record.history.step.num for record in told if record.HasField("history")]
+        assert steps == list(range(4, trial.steps + 1, 4))
+        assert [record.exit.exit_code for record in told if record.HasField("exit")] == [0]
 
 
 def test_the_best_adapter_is_published_with_its_recipe_and_full_metrics(
