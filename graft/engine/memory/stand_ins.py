@@ -6,6 +6,7 @@ Shapes: O out_features, I in_features.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,22 +27,27 @@ _CUSTOM_4BIT_ROWS = 1536
 """Rows up to which bitsandbytes multiplies 4-bit weights on CUDA without unpacking them."""
 
 
+# Kernels are imported where layers are made and not in the account of a step: an import that logs
+# an error lets the record hold the frames of that moment, and with them all tensors of the step.
+
+
 class _Nf4Linear(nn.Linear):
     """bitsandbytes' 4-bit product on weights that nobody packed."""
 
     def __init__(self, layer: nn.Linear, quantization: QuantizationSection) -> None:
+        from bitsandbytes.autograd._functions import MatMul4Bit
+
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.bias = layer.bias
         count = layer.weight.numel()
         packed = torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.weight.quant_state = _quant_state(layer.weight, quantization)  # type: ignore[attr-defined]
+        self._product = MatMul4Bit.apply
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes.autograd._functions import MatMul4Bit
-
         state = self.weight.quant_state  # type: ignore[attr-defined]
-        product: torch.Tensor = MatMul4Bit.apply(x, self.weight, None, self.bias, state)
+        product: torch.Tensor = self._product(x, self.weight, None, self.bias, state)
         return product
 
 
@@ -76,16 +82,17 @@ class _Int8Linear(nn.Linear):
     """Our product on 8-bit weights that nobody rounded."""
 
     def __init__(self, layer: nn.Linear) -> None:
+        from graft.models._int8 import Int8Linear
+
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.bias = layer.bias
         packed = torch.empty(layer.weight.shape, dtype=torch.int8)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.weight.SCB = torch.empty(layer.out_features)  # type: ignore[attr-defined]
+        self._forward: Callable[..., torch.Tensor] = Int8Linear.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from graft.models._int8 import Int8Linear
-
-        return Int8Linear.forward(self, x)  # type: ignore[arg-type]
+        return self._forward(self, x)
 
 
 def pack_layers(base: PreTrainedModel, quantization: QuantizationSection) -> None:
