@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
-from graft.data import ChatTemplate, DataProof, TokenRow, prepare_data, prepare_parts
+from graft.data import (
+    ChatTemplate,
+    DataProof,
+    PreparedData,
+    TokenRow,
+    prepare_data,
+    prepare_parts,
+)
 from graft.models import ReadyModel, load_tokenizer, resolve_model
 from graft.recipe.mixture import require_single
 
@@ -51,7 +58,7 @@ def check(
     """Reads, renders and tokenizes all data of a recipe with its own model's template.
 
     Args:
-        space: The recipe; holes do not matter here.
+        space: The recipe; of its holes that of the objective matters: rows must suit every option.
         home: Where base models are kept.
         num_samples: Training rows to show, from the first on.
         progress: Told what is being done.
@@ -63,7 +70,7 @@ def check(
     recipe = space.example()
     ready = resolve_model(recipe.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    prepared = prepare_parts(recipe.parts, template, progress=progress)
+    prepared = prepare_for_all(space, template, progress=progress)
     return CheckReport(
         model=ready,
         context_tokens=template.context_tokens,
@@ -71,6 +78,26 @@ def check(
         feedback=_check_feedback(recipe, template, progress),
         samples=tuple(render_row(row, template) for row in prepared.train[:num_samples]),
     )
+
+
+def prepare_for_all(
+    space: RecipeSpace, template: ChatTemplate, *, progress: Progress = QUIET
+) -> PreparedData:
+    """Prepares the rows of a recipe, and proves them for every objective that a hole offers.
+
+    Returns:
+        Those of the example.
+
+    Raises:
+        DataError: A row or a file is wrong, or an objective cannot learn from these rows.
+    """
+    example = space.example()
+    prepared = prepare_parts(example.parts, template, progress=progress)
+    by_objective = {recipe.objective.type: recipe for recipe in space.examples()}
+    by_objective.pop(example.objective.type, None)
+    for recipe in by_objective.values():
+        prepare_parts(recipe.parts, template)
+    return prepared
 
 
 def render_row(row: TokenRow, template: ChatTemplate) -> RenderedRow:

@@ -144,16 +144,16 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
 
     Raises:
         ModelError: The base is missing or unsuitable.
-        DataError: The data is.
+        DataError: The data is, or unsuitable for an objective that may be chosen.
     """
-    from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
     from graft.models import load_tokenizer, resolve_model
+    from graft.pipelines.check import prepare_for_all
 
     example, content = space.example(), space.content()
     ready = resolve_model(example.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    proof = prepare_parts(example.parts, template, progress=progress).proof
+    proof = prepare_for_all(space, template, progress=progress).proof
     shapes = {key: content.get(key) for key in ("method", "objective", "train")}
     shapes["space"] = example.search.space
     shapes["holes"] = sorted(space.holes)

@@ -119,9 +119,17 @@ class Pack:
     # What trials call, from any thread
 
     def join(self, number: int, folder: str) -> None:
-        """Asks for a seat; a trial that sits already keeps its own."""
+        """Asks for a seat; a trial that sits already keeps its own.
+
+        Raises:
+            GraftError: The trial's recipe does not go with the rows or with the base.
+        """
         recipe = Recipe.model_validate_json((Path(folder) / RECIPE_FILE).read_text())
-        run = self._run_of(recipe)
+        try:
+            run = self._run_of(recipe)
+        except GraftError as error:
+            fail_trial(Path(folder), str(error))
+            raise
         with self._changed:
             seat = self._seats.get(number)
             if seat is None or seat.leaves:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from graft.cli.main import build_app
 from graft.core.errors import DataError
 from graft.pipelines.check import check
+from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe
 
 
@@ -48,6 +49,17 @@ def test_a_rendered_pair_shows_its_two_answers_apart(recipe_file: Path, tmp_path
     (row,) = report.samples
     found = [(segment.branch, segment.text) for segment in row.segments[1:]]
     assert found == [(1, "lamp=7<|im_end|>"), (2, "door=7<|im_end|>")]
+
+
+def test_rows_are_proved_for_every_objective_that_may_be_chosen(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    given = ["objective={choice: [sft, {type: dpo, beta: {log: [0.1, 1]}}]}"]
+    words = r"train\.jsonl:1: objective 'dpo' learns from pairs"
+    with pytest.raises(DataError, match=words):
+        check(load_recipe(recipe_file, given), home=tmp_path / "home")
+    with pytest.raises(DataError, match=words):
+        tune(load_recipe(recipe_file, given), home=tmp_path / "home")
 
 
 def test_prompts_without_answers_are_enough_where_answers_are_sampled(

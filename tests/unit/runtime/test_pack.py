@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from graft.core.errors import TrainingError
+from graft.core.errors import DataError, TrainingError
 from graft.data.mixture import prepare_parts
 from graft.engine.checkpoint import newest_checkpoint
 from graft.engine.run import LoadedRun, load_run
 from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.pack import Pack
+from graft.runtime.trials import failure_of
 
 
 def recipe_of(model_folder: Path, data_folder: Path, **train: Any) -> Recipe:
@@ -255,6 +256,20 @@ def test_an_abandoned_seat_is_freed(packs: Any, loaded: LoadedRun, tmp_path: Pat
     assert follow(pack, 1)[-1]["steps"] == 6
     with pytest.raises(TrainingError, match="no seat"):
         pack.next_report(0, 2)
+
+
+def test_an_objective_that_the_rows_do_not_suit_fails_its_trial_with_the_reason(
+    packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    content = {**loaded.recipe.model_dump(mode="json"), "objective": {"type": "dpo"}}
+    pack = packs()
+    with pytest.raises(DataError, match="learns from pairs"):
+        seat(pack, tmp_path, 0, Recipe.model_validate_json(json.dumps(content)))
+    failure = failure_of(tmp_path / "0")
+    assert failure is not None
+    assert "train.jsonl:1: objective 'dpo'" in failure.reason
+    seat(pack, tmp_path, 1, loaded.recipe)
+    assert follow(pack, 1)[-1]["steps"] == 6
 
 
 def test_wrong_settings_fail_one_trial_with_the_reason(
