@@ -198,11 +198,10 @@ def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
         example.eval.model_dump(mode="json"),
         [o.metric for o in search.objectives],
         [search.eval_rows, search.sampler, search.seed, section.search_steps],
-        *mixture_facts(example.data).values(),
     ]
     return _Facts(
         model=sha256_json([ready.digest, example.model.model_dump(mode="json")]),
-        data=sha256_json([proof.digest, proof.max_length]),
+        data=sha256_json([proof.digest, proof.max_length, *mixture_facts(example.data).values()]),
         general=sha256_json(general if general is None else [row.input_ids for row in general]),
         settings=sha256_json(settings),
     )

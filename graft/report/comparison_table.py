@@ -23,7 +23,8 @@ def columns(comparison: Comparison) -> list[Column]:
     """Returns the columns in reading order; those that nothing stands in are left out."""
     measured = [row for row in comparison.methods if row.state == "done"]
     names = list(dict.fromkeys(name for row in measured for name in row.metrics))
-    metrics = [n for n in names if n not in ("eval/loss", "eval/perplexity")]
+    # Perplexity says the same as the loss, of all rows and of each source of a mixture.
+    metrics = [n for n in names if n != "eval/perplexity" and not n.endswith("/loss")]
     found = [
         Column("method", lambda row: row.name, is_number=False),
         Column("trainable", _trainable),

@@ -21,6 +21,7 @@ from graft.pipelines.compare_rows import seconds_to
 from graft.pipelines.compare_unit import UnitSpec, run_unit
 from graft.recipe.load import load_recipe, to_yaml
 from graft.report.comparison_facts import LossPoint, SeedFacts
+from graft.report.comparison_table import columns
 
 VARIANTS = [
     {"name": "small", "method": {"type": "lora", "r": 2}},
@@ -100,6 +101,42 @@ def test_every_method_gets_the_same_search_and_a_full_row(recipe_file: Path) -> 
         assert row.forgetting == pytest.approx(row.general.value / (row.general_before or 1) - 1)
     assert result.front
     assert Comparison.model_validate_json(result.model_dump_json()) == result
+
+
+def test_methods_are_compared_on_a_mixture_and_on_each_of_its_sources(
+    recipe_file: Path, data_folder: Path
+) -> None:
+    texts = [{"text": f"the lamp of room {number} is blue"} for number in range(12)]
+    for name, part in (("rooms.jsonl", texts[:8]), ("rooms_eval.jsonl", texts[8:])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (recipe_file.parent / name).write_text(lines)
+    content = load_recipe(recipe_file).content()
+    commands = {"name": "commands", **content["data"], "eval_limit": 8, "weight": 2}
+    rooms = {"name": "rooms", "train": "rooms.jsonl", "eval": "rooms_eval.jsonl"}
+    content["data"] = {"sources": [commands, {**rooms, "objective": {"type": "pretrain"}}]}
+    content["eval"]["metrics"] = ["loss", "exact_match"]
+    content["search"]["objectives"] = [{"metric": "eval/rooms/loss", "mode": "min"}]
+    recipe_file.write_text(to_yaml(content))
+    result = compared(recipe_file, Units())
+    for row in result.methods:
+        assert row.state == "done", row.reason
+        assert {name: metric.rows for name, metric in row.metrics.items()} == {
+            "eval/loss": 12,
+            "eval/commands/loss": 8,
+            "eval/rooms/loss": 4,
+            "eval/perplexity": 12,
+            "eval/commands/perplexity": 8,
+            "eval/rooms/perplexity": 4,
+            "eval/exact_match": 8,
+            "eval/commands/exact_match": 8,
+        }
+        assert row.points[0].metrics["eval/rooms/loss"] > 0
+        assert row.forgetting is not None
+    assert result.quality == "eval/exact_match"
+    told = {"perplexity", "commands/perplexity", "rooms/perplexity", "commands/exact match"}
+    assert told <= {column.heading for column in columns(result)}
+    with pytest.raises(ConfigError, match=r"begun with another data;"):
+        compared(recipe_file, Units(), VARIED, "data.sources.0.weight=3")
 
 
 @pytest.mark.parametrize("breaks_at", [1, 3])
