@@ -1,4 +1,4 @@
-"""Trains the start and each objective on it, and measures all of them on the same held-out pairs.
+"""Trains the start and each objective on it, and measures them on the same held-out rows.
 
     python examples/alignment/run.py [--home FOLDER] [--search] [--set A.B=C]
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parent
 OBJECTIVES = ("dpo", "orpo", "kto", "grpo", "ppo")
 """In the table's order; those whose recipe lies in this folder are trained."""
-MEASURED = "dpo"
-"""The recipe whose model, held-out pairs and metrics measure the base and the start."""
+MEASURES = {"pairs": "dpo", "commands": "grpo"}
+"""Held-out rows → the recipe whose data and metrics are those; both measure base and start."""
 
 
 def recipes() -> dict[str, Path]:
@@ -53,21 +53,25 @@ class Measurement:
         self.rows: list[dict[str, Any]] = []
 
     def measure_start(self) -> None:
-        """Measures the bare base and the half-trained start, on the pairs."""
+        """Measures the bare base and the half-trained start, on pairs and on plain commands."""
         from graft.pipelines.train import train
 
-        recipe = self._space(FOLDER / f"{MEASURED}.yaml").recipe()
-        self._evaluate("base", "base", recipe)
         start = train(self._space(FOLDER / "sft.yaml"), home=self._home, progress=self._progress)
         self._start = start.artifact
-        self._evaluate("start", start.artifact, recipe, steps=start.steps, seconds=start.seconds)
+        facts = {"steps": start.steps, "seconds": start.seconds}
+        for rows, measure in MEASURES.items():
+            recipe = self._space(FOLDER / f"{measure}.yaml").recipe()
+            self._evaluate("base", "base", recipe, rows=rows)
+            self._evaluate("start", start.artifact, recipe, rows=rows, **facts)
 
     def train_objective(self, name: str, path: Path) -> None:
         """Trains one objective from the start."""
         from graft.pipelines.train import train
 
-        done = train(self._space(path), home=self._home, progress=self._progress)
-        self._add(name, done.metrics, steps=done.steps, seconds=done.seconds)
+        space = self._space(path)
+        done = train(space, home=self._home, progress=self._progress)
+        rows = "pairs" if space.sections().data.format == "preference" else "commands"
+        self._add(name, done.metrics, rows=rows, steps=done.steps, seconds=done.seconds)
 
     def search(self) -> None:
         """Searches objective and settings together; the best trial's adapter is a row."""
@@ -79,7 +83,7 @@ class Measurement:
             tuned = tune(space, home=self._home, progress=self._progress)
         best = space.fix(tuned.best.params)
         name = f"search ({len(tuned.trials)} trials): {best.objective.type}"
-        self._add(name, tuned.metrics, steps=tuned.best.steps, seconds=tuned.seconds)
+        self._add(name, tuned.metrics, rows="pairs", steps=tuned.best.steps, seconds=tuned.seconds)
 
     def _space(self, path: Path) -> RecipeSpace:
         from graft.recipe.load import load_recipe
@@ -88,7 +92,7 @@ class Measurement:
         begin = [f'train.init_from="{self._start}"'] if self._start else []
         return load_recipe(path, [*self._overrides, *begin])
 
-    def _evaluate(self, name: str, reference: str, recipe: Recipe, **facts: float) -> None:
+    def _evaluate(self, name: str, reference: str, recipe: Recipe, **facts: float | str) -> None:
         from graft.core.files import sha256_json, write_atomic
         from graft.pipelines.evaluate import EvalResult, evaluate_reference
 
@@ -101,7 +105,7 @@ class Measurement:
             write_atomic(file, result.model_dump_json())
         self._add(name, result.metrics, **facts)
 
-    def _add(self, name: str, metrics: Mapping[str, MetricValue], **facts: float) -> None:
+    def _add(self, name: str, metrics: Mapping[str, MetricValue], **facts: float | str) -> None:
         from graft.core.files import write_json
 
         measured = {key: value.model_dump(mode="json") for key, value in metrics.items()}

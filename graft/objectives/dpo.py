@@ -26,7 +26,8 @@ class DpoObjective(Objective):
     Reference:
         Direct Preference Optimization, arXiv 2305.18290 (`sigmoid`). SLiC-HF, arXiv 2305.10425
         (`hinge`). A General Theoretical Paradigm to Understand Learning from Human Preferences,
-        arXiv 2310.12036 (`ipo`).
+        arXiv 2310.12036 (`ipo`). Iterative Reasoning Preference Optimization, arXiv 2404.19733
+        (`sft_weight`).
     """
 
     type: Literal["dpo"] = "dpo"
@@ -36,6 +37,9 @@ class DpoObjective(Objective):
     """How close it stays to the reference: higher is closer. In `ipo` the paper's τ."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of pairs whose labels are thought to be swapped; `sigmoid` alone has it."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen answer's cross-entropy, a mean over its tokens, beside the preference.
+    Without it both answers may grow less likely, the rejected one faster."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"preference"})
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
@@ -71,6 +75,14 @@ class DpoObjective(Objective):
 
     def loss(self, outputs: TokenOutputs) -> torch.Tensor:
         """Returns each pair's loss."""
+        from graft.objectives._preference import pair_means
+
+        loss = self._preference(outputs)
+        if self.sft_weight:
+            loss = loss - self.sft_weight * pair_means(outputs, outputs.logprobs_P)[:, 0]
+        return loss
+
+    def _preference(self, outputs: TokenOutputs) -> torch.Tensor:
         from torch.nn.functional import logsigmoid, relu
 
         from graft.objectives._preference import pair_means

@@ -15,9 +15,10 @@ def metric(value: float) -> dict[str, float]:
 
 def test_each_row_is_one_line_and_the_mean_reward_is_the_sum_of_its_metrics() -> None:
     rows = [
-        {"name": "base", "metrics": {"eval/preference_accuracy": metric(0.5)}},
+        {"name": "base", "rows": "pairs", "metrics": {"eval/preference_accuracy": metric(0.5)}},
         {
             "name": "dpo",
+            "rows": "pairs",
             "steps": 50,
             "seconds": 61.7,
             "metrics": {
@@ -30,10 +31,10 @@ def test_each_row_is_one_line_and_the_mean_reward_is_the_sum_of_its_metrics() ->
     page = runpy.run_path(str(PAGE))["page"]
     text = page({"base": "some/base", "machine": "2 cores of x86_64", "rows": rows})
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[2] == "| base | — | — | 0.500 [0.400, 0.600] | — | — | — |"
+    assert lines[2] == "| base | pairs | — | — | 0.500 [0.400, 0.600] | — | — | — |"
     assert lines[3] == (
-        "| dpo | 50 | 62 | 0.800 [0.700, 0.900] | 0.250 [0.150, 0.350] | 0.500 [0.400, 0.600] "
-        "| 0.750 |"
+        "| dpo | pairs | 50 | 62 "
+        "| 0.800 [0.700, 0.900] | 0.250 [0.150, 0.350] | 0.500 [0.400, 0.600] | 0.750 |"
     )
     assert len({line.count("|") for line in lines}) == 1
     assert "`some/base`" in text

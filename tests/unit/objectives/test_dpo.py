@@ -66,6 +66,16 @@ def test_label_smoothing_is_trls_where_its_pairs_stand_alone(tmp_path: Path) -> 
         assert_same(our_step(DpoObjective(label_smoothing=0.2), [row]), loss, gradients)
 
 
+def test_cross_entropy_of_the_chosen_answer_is_trls_where_its_pairs_stand_alone(
+    tmp_path: Path,
+) -> None:
+    # TRL takes the mean over all tokens of a batch; here pairs count alike.
+    weights = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.6]}
+    for index, row in enumerate(make_pairs(3)):
+        loss, gradients, _ = trl_loss([row], tmp_path / str(index), **weights)
+        assert_same(our_step(DpoObjective(sft_weight=0.6), [row]), loss, gradients)
+
+
 def test_at_the_start_the_margin_is_0_and_the_loss_is_known() -> None:
     rows = make_pairs(2)
     outputs = outputs_of(rows, flat(rows, -1.0), {REFERENCE: flat(rows, -1.0)})
