@@ -11,6 +11,7 @@ or those of one expert), I in_features, O out_features, E experts.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,8 +196,12 @@ class RoutedRouter(SlotTensors):
         wide = torch.promote_types(weight_EI.dtype, torch.float32)
         tensors: dict[str, torch.Tensor] = dict(self.tensors(slot.name))
         update_EI = slot.method.merge_delta(tensors, weight_EI.to(wide))
-        own = {"weight": weight_EI.to(wide) + update_EI.to(wide)}
-        return torch.func.functional_call(self.base, own, (x_MI.to(wide),))
+        # A copy with a weight of its own: lanes run this module at once, and what is swapped in it
+        # for one would be met by all.
+        router = copy.copy(self.base)
+        own: dict[str, Any] = {"weight": weight_EI.to(wide) + update_EI.to(wide)}
+        router._parameters = own
+        return router(x_MI.to(wide))
 
 
 class _ExpertSite(SlotTensors):

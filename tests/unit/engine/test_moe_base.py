@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -167,8 +168,9 @@ def test_rows_of_other_slots_do_not_matter() -> None:
 
 @pytest.mark.parametrize("lengths", [(12, 12), (5, 30)], ids=["even", "uneven"])
 def test_packed_trials_end_with_the_weights_of_the_same_trials_alone(
-    lengths: tuple[int, int],
+    lengths: tuple[int, int], threads: Callable[[int], None]
 ) -> None:
+    threads(2)  # micro-batches run side by side in the same modules
     rows = make_rows(16, lengths=lengths)
     targets = {"a": (*EXPERTS, "mlp.gate"), "b": ("experts.down_proj", "q_proj"), "c": ("v_proj",)}
     recipes = {
