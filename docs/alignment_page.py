@@ -31,10 +31,9 @@ HOW = """Every row but the base goes on from `start`. `pairs` are the 320 held-o
 correct themselves, `commands` the 300 held-out plain ones. Preference accuracy is the share of
 pairs whose right action has the higher log-probability a token; exact match compares the parsed
 JSON of greedy answers with the right action. Mean reward is valid JSON plus exact match, 0 to 2.
-Rewards are given for plain
-commands: who samples learns only from what is sampled, and the start seldom hits a correction.
-In brackets are 95 % bootstrap intervals. One base, one data set, one
-seed and short trainings: overlapping intervals are no order."""
+Rewards are given for plain commands, of which the start gets a third right: who samples learns only
+from what is sampled. In brackets are 95 % bootstrap intervals. One base, one data set, one seed and
+short trainings: overlapping intervals are no order."""
 
 AGAIN = """## Again
 

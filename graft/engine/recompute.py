@@ -12,10 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from graft.core.errors import ConfigError
+from graft.engine.multi.attention import attention_kernel_as_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,18 +69,12 @@ def _contexts(
     model: MultiAdapterModel,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What the two passes run under: the second has the routing and the kernels of the first."""
-    cuda = torch.backends.cuda
-    allowed = {
-        SDPBackend.MATH: cuda.math_sdp_enabled(),
-        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
-    }
-    kernels = [kernel for kernel, is_on in allowed.items() if is_on]
-    return nullcontext(), _again(model.routing_as_now(), kernels)
+    return nullcontext(), _again(model.routing_as_now(), attention_kernel_as_now())
 
 
 @contextmanager
-def _again(routing: AbstractContextManager[None], kernels: list[SDPBackend]) -> Iterator[None]:
-    with routing, sdpa_kernel(kernels):
+def _again(
+    routing: AbstractContextManager[None], kernel: AbstractContextManager[None]
+) -> Iterator[None]:
+    with routing, kernel:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,42 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+class _PlainProducts:
+    """Attention without a fused kernel for as long as any thread wants that.
+
+    The choice is the process's: threads that each put back what they found would put back one
+    another's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._choice = ExitStack()
+        self._users = 0
+
+    @property
+    def are_chosen(self) -> bool:
+        """Whether a thread wants them now."""
+        return self._users > 0
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """Chooses them."""
+        with self._lock:
+            if not self._users:
+                self._choice.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._choice.close()
+
+
+_plain_products = _PlainProducts()
+
+
 @contextmanager
 def keep_attention_kernel() -> Iterator[None]:
     """Keeps this thread from choosing kernels: a choice is for all threads of the process."""
@@ -43,8 +79,13 @@ def attention_kernel(num_tokens: int, device: torch.device) -> AbstractContextMa
         return nullcontext()
     is_short = device.type == "cpu" and num_tokens <= _SHORT_TOKENS
     if is_short and torch.is_grad_enabled():
-        return sdpa_kernel(SDPBackend.MATH)
+        return _plain_products.chosen()
     return nullcontext()
+
+
+def attention_kernel_as_now() -> AbstractContextManager[None]:
+    """The choice that holds now, to make again later."""
+    return _plain_products.chosen() if _plain_products.are_chosen else nullcontext()
 
 
 def takes_any_mask(base: PreTrainedModel) -> bool:
