@@ -10,7 +10,9 @@ import contextlib
 from typing import Any
 
 import ray
-from ray.tune import Callback, Trainable
+from ray.tune import Trainable
+
+from graft.runtime.callbacks import TrialCallback
 
 
 class PackedTrial(Trainable):
@@ -59,16 +61,12 @@ class PackedTrial(Trainable):
                 ray.get(self._pack.leave.remote(self._number))
 
 
-class SeatCallback(Callback):
+class SeatCallback(TrialCallback):
     """Frees the seats of ended trials from the driver too, for trials whose process is gone."""
 
     def __init__(self, pack: Any) -> None:
         self._pack = pack
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Frees the seat."""
-        self._pack.leave.remote(trial.config["trial"])
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Frees the seat."""
         self._pack.leave.remote(trial.config["trial"])

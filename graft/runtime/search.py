@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from graft.core.events import EventLog
 from graft.core.progress import Progress, Task
 from graft.core.spaces import Choice, Int
 from graft.engine.run_folder import objective_figures
+from graft.runtime.callbacks import TrialCallback
 from graft.runtime.dedicated import dedicated_trial
 from graft.runtime.memory import KILLED
 from graft.runtime.nodes import find_limits, prepare_ops
@@ -66,7 +66,7 @@ class Search:
         self._section = study.section
         self._watch = TrialWatch(study, progress)
         track = space.sections().track
-        self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track)]
+        self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track, progress)]
 
     def run(self) -> None:
         """Runs until the budget is spent or a grid is exhausted.
@@ -191,7 +191,7 @@ class Search:
         return StudyScheduler(section, self._section.objectives, max_steps(self._space), ended)
 
 
-class TrialWatch(tune.Callback):
+class TrialWatch(TrialCallback):
     """Shows trials to people and keeps `events.jsonl`; a context manager around each turn."""
 
     def __init__(self, study: Study, progress: Progress) -> None:
@@ -217,7 +217,7 @@ class TrialWatch(tune.Callback):
         """Appends one line to the study's events."""
         self._events.append(event, **fields)
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def log_trial_start(self, trial: Any) -> None:
         """Opens a bar."""
         config = trial.config
         label = " ".join(f"{k.split('/')[-1]}={_short(v)}" for k, v in config["params"].items())
@@ -225,14 +225,7 @@ class TrialWatch(tune.Callback):
         self._bars[config["trial"]] = (bar, 0)
         self.say("start", trial=config["trial"], params=config["params"])
 
-    def on_trial_result(
-        self,
-        iteration: int,
-        trials: list[Any],
-        trial: Any,
-        result: dict[str, Any],
-        **info: Any,
-    ) -> None:
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """Moves a bar on."""
         number, metrics = trial.config["trial"], metrics_of(result)
         self.say("report", trial=number, steps=result["steps"], metrics=metrics)
@@ -247,15 +240,9 @@ class TrialWatch(tune.Callback):
             bar.advance(result["steps"] - seen, **fields)
             self._bars[number] = (bar, result["steps"])
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Closes a bar."""
-        self._end(trial.config["trial"])
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Closes a bar."""
-        self._end(trial.config["trial"])
-
-    def _end(self, number: int) -> None:
+        number = trial.config["trial"]
         record = self._study.trial(number)
         self.say("end", trial=number, state=record.state, steps=record.steps, reason=record.reason)
         if number in self._bars:
@@ -272,9 +259,6 @@ class TrialWatch(tune.Callback):
             return {}
         searched = self._study.section.objectives[0].metric
         return {"best trial": str(best.number), searched: best.metrics[searched]}
-
-    def __reduce__(self) -> tuple[Callable[[], tune.Callback], tuple[()]]:
-        return (tune.Callback, ())  # Tune pickles callbacks into a snapshot that nobody reads
 
 
 def num_ended(study: Study) -> int:
