@@ -2,43 +2,102 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ray.tune import Trainable
 
 from graft.core.errors import DeviceMemoryError, GraftError
 from graft.runtime.trials import fail_trial, failure_of
 
+if TYPE_CHECKING:
+    from graft.recipe.sections import Recipe
 
-def dedicated_trial(config: dict[str, Any]) -> None:
-    """A Tune function: trains one trial on its own workers and passes their reports on.
+_LOOK_EVERY_S = 0.2
+
+
+class DedicatedTrial(Trainable):
+    """Trains one trial on its own workers and passes their reports on.
+
+    A class, for Tune ends a function without a word: the workers of a trial that it stops would
+    keep their places. These are told to leave.
 
     The config has the trial's `folder`, which holds its recipe and will hold its state, `home`, and
     `threads`, the share of a worker in the cluster's cores while others train beside it.
-
-    Raises:
-        GraftError: What the workers raised; its message is left in the folder for the driver.
     """
-    from ray.tune.integration.ray_train import TuneReportCallback
 
-    from graft.engine.run_folder import RECIPE_FILE
-    from graft.recipe.sections import Recipe
-    from graft.runtime.train_workers import train_on_workers
+    def setup(self, config: dict[str, Any]) -> None:
+        """Starts the run, in a thread."""
+        from graft.engine.checkpoint import newest_step
+        from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE
+        from graft.recipe.sections import Recipe
 
-    folder = Path(config["folder"])
-    recipe = Recipe.model_validate_json((folder / RECIPE_FILE).read_text())
-    if recipe.scale.threads is None:
-        scale = recipe.scale.model_copy(update={"threads": config["threads"]})
-        recipe = recipe.model_copy(update={"scale": scale})
-    try:
-        train_on_workers(
-            recipe,
-            home=Path(config["home"]),
-            folder=folder,
-            eval_rows=recipe.search.eval_rows,
-            callbacks=[TuneReportCallback()],
-        )
-    except GraftError as error:
-        if failure_of(folder) is None:  # else a worker has left its own, with a measurement
+        self._folder, self._home = Path(config["folder"]), Path(config["home"])
+        recipe = Recipe.model_validate_json((self._folder / RECIPE_FILE).read_text())
+        if recipe.scale.threads is None:
+            scale = recipe.scale.model_copy(update={"threads": config["threads"]})
+            recipe = recipe.model_copy(update={"scale": scale})
+        self._recipe = recipe
+        self._steps = newest_step(self._folder / CHECKPOINTS)
+        self._error: Exception | None = None
+        self._leaves = threading.Event()
+        self._thread = threading.Thread(target=self._train, args=(recipe,), name="run", daemon=True)
+        self._thread.start()
+
+    def step(self) -> dict[str, Any]:
+        """Waits for the next report.
+
+        Raises:
+            GraftError: What the workers raised; its message is left in the folder for the driver.
+        """
+        from graft.engine.run_folder import read_reports
+
+        while (report := self._next_report()) is None and self._thread.is_alive():
+            self._thread.join(_LOOK_EVERY_S)
+        if report is None:
+            self._await_end()
+            # The last one came while the run ended, or before this trial was taken up again.
+            report = read_reports(self._folder)[-1]
+        is_done = self._recipe.train.ends_with(report)
+        if is_done:
+            self._await_end()
+        self._steps = int(report["steps"])
+        return {**report, "done": is_done}
+
+    def cleanup(self) -> None:
+        """Lets the workers leave after the step they are at, and waits until they have."""
+        self._leaves.set()
+        self._thread.join()
+
+    def _await_end(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _next_report(self) -> dict[str, Any] | None:
+        from graft.engine.run_folder import read_reports
+
+        reports = read_reports(self._folder)
+        return next((dict(r) for r in reports if r["steps"] > self._steps), None)
+
+    def _train(self, recipe: Recipe) -> None:
+        from graft.runtime.train_workers import train_on_workers
+
+        try:
+            train_on_workers(
+                recipe,
+                home=self._home,
+                folder=self._folder,
+                eval_rows=recipe.search.eval_rows,
+                leaves=self._leaves.is_set,
+            )
+        except Exception as error:
+            self._error = error
+            if isinstance(error, GraftError) and not self._leaves.is_set():
+                self._tell(error)
+
+    def _tell(self, error: GraftError) -> None:
+        if failure_of(self._folder) is None:  # else a worker has left its own, with a measurement
             is_killed = isinstance(error, DeviceMemoryError)
-            fail_trial(folder, str(error), needed_bytes=0 if is_killed else None)
-        raise
+            fail_trial(self._folder, str(error), needed_bytes=0 if is_killed else None)

@@ -16,7 +16,7 @@ from graft.core.progress import Progress, Task
 from graft.core.spaces import Choice, Int
 from graft.engine.run_folder import objective_figures
 from graft.runtime.callbacks import TrialCallback
-from graft.runtime.dedicated import dedicated_trial
+from graft.runtime.dedicated import DedicatedTrial
 from graft.runtime.memory import KILLED
 from graft.runtime.nodes import find_limits, prepare_ops
 from graft.runtime.pack_actor import start_pack
@@ -136,7 +136,7 @@ class Search:
         concurrent = max(1, capacity(needs.resources) // workers)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         self._fit(
-            tune.with_resources(dedicated_trial, ON_HEAD),
+            tune.with_resources(DedicatedTrial, ON_HEAD),
             StudySearcher(queue, "dedicated"),
             concurrent=concurrent,
             config={

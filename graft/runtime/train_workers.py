@@ -1,6 +1,6 @@
 """A training run on several Ray Train workers, stepped by DeepSpeed.
 
-The driver (a Tune function, or the `train` pipeline) calls `train_on_workers`; Ray Train starts the
+The driver (a Tune trial, or the `train` pipeline) calls `train_on_workers`; Ray Train starts the
 workers, each of which loads the base and runs the same loop over its share of every step's rows.
 All state is in the run's folder, in our own format: Ray's storage is not read back.
 
@@ -63,10 +63,9 @@ def train_on_workers(
 ) -> TrainResult:
     """Trains a recipe on `scale.workers` workers; goes on where the folder's newest checkpoint is.
 
-    A Ray session must exist. Every worker gives the same flat report (`steps`, `train/loss`,
-    `eval/...`) to `ray.train.report`, so that `TuneReportCallback()` in `callbacks` passes it on
-    where this runs inside a Tune function. Lost workers are replaced, from the checkpoint; after
-    two losses in a row without a new checkpoint no more.
+    A Ray session must exist. Reports are in the folder, and every worker gives the same one to
+    `ray.train.report` too. Lost workers are replaced, from the checkpoint; after two losses in a
+    row without a new checkpoint no more.
 
     Args:
         recipe: Complete.

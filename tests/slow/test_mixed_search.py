@@ -42,3 +42,35 @@ def test_both_executors_take_turns_on_one_study(
     assert {t.state for t in result.trials} == {"complete"}
     losses = [t.metrics["eval/loss"] for t in result.trials]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+
+
+def test_the_workers_of_a_stopped_trial_make_room_for_the_next(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    rates = [5e-3, 1e-7, 1e-7]
+    recipe = write_recipe(
+        tmp_path,
+        model_folder,
+        data_folder,
+        method={"type": "lora", "r": 4},
+        train={
+            "steps": 16,
+            "batch_size": 4,
+            "report_every": 4,
+            "lr": {"log": [1e-7, 1e-2]},
+        },
+        scale={"workers": 2, "zero_stage": 2},
+        search={
+            "trials": len(rates),
+            "points": [{"train/lr": rate} for rate in rates],
+            "sampler": "random",
+            "scheduler": {"type": "asha", "grace_steps": 4, "reduction_factor": 2},
+            "eval_rows": 8,
+        },
+    )
+    with ray_session(num_cpus=2):
+        result = tune(load_recipe(recipe), home=tmp_path / "home")
+    assert {t.executor for t in result.trials} == {"dedicated"}
+    assert [t.reason for t in result.trials] == [None] * 3
+    states = [t.state for t in result.trials]
+    assert states == ["complete", "stopped", "stopped"]

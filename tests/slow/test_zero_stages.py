@@ -96,6 +96,18 @@ def test_a_checkpoint_goes_from_two_workers_to_one_process_and_to_zero_3(
     assert_same_training(tmp_path, alone)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_moments_come_back_where_no_tensor_divides_by_the_workers(
+    stage: int, tmp_path: Path
+) -> None:
+    odd = {"type": "lora", "r": 5, "target_modules": ["q_proj", "o_proj"]}
+    trainer = Trainer(MultiAdapterModel(tiny_model()))
+    run(trainer, tmp_path / "alone", STEPS, is_writer=True, method=odd)
+    deepspeed_run(tmp_path, workers=3, stage=stage, until=4, method=odd)
+    deepspeed_run(tmp_path, workers=3, stage=stage, method=odd)
+    assert_same_training(tmp_path, tmp_path / "alone")
+
+
 VIRTUAL = {
     "prompt": {"type": "prompt", "num_virtual_tokens": 6},
     "ptuning": {"type": "ptuning", "num_virtual_tokens": 6, "encoder": "lstm"},

@@ -295,19 +295,28 @@ class DeepSpeedBackend:
             for key, parameter in self._parameters.items():
                 write_moments(self._engine.optimizer, parameter, state[key])
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._make_moments()
         for key, parameter in self._parameters.items():
             for name in _MOMENTS:
-                value = state[key][name].to(self._model.device)
-                safe_set_full_optimizer_state(parameter, value, name)
+                self._set_moments(parameter, state[key][name].to(self._model.device), name)
         # ZeRO's optimizers hold torch's own inside; the step count lives there.
         for held in self._engine.optimizer.optimizer.state.values():
             if torch.is_tensor(held["step"]):
                 held["step"].fill_(float(self._num_steps))
             else:
                 held["step"] = self._num_steps
+
+    def _set_moments(self, parameter: Any, value: torch.Tensor, name: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self._scale.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, value, name)
+            return
+        # Stage 3 pads the last worker's part; DeepSpeed's own division of a whole tensor does not.
+        share = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
+        part = padded.narrow(0, share * self.world_rank, share)
+        safe_set_local_optimizer_state(parameter, part, name)
 
     def _make_moments(self) -> None:
         """DeepSpeed makes moments at its first step; with rate and gradients 0, only them."""
