@@ -62,6 +62,7 @@ def prepare_parts(
         prepare_examples(examples, part.section, part.objective, template)
         for examples, part in zip(read, parts, strict=True)
     ]
+    _require_rows(parts, prepared)
     names = [part.name for part in parts]
     train = [row for rows in _named(names, [p.train for p in prepared]) for row in rows]
     held_out = _in_turns(_named(names, [p.eval for p in prepared]))
@@ -86,6 +87,14 @@ def prepare_parts(
         proof=proof,
         preferences=_in_turns(_named(names, [list(p.preferences) for p in prepared])),
     )
+
+
+def _require_rows(parts: Sequence[DataPart[RowMaker]], prepared: Sequence[PreparedData]) -> None:
+    """Asks each objective about its rows of all sources: what one lacks another may have."""
+    for part in parts:
+        own = [at for at, other in enumerate(parts) if other.objective == part.objective]
+        rows = [row for at in own for row in prepared[at].train]
+        part.objective.require_rows(rows, ", ".join(parts[at].section.train for at in own))
 
 
 def _sum(splits: list[SplitProof], examples: list[Example], rows: list[TokenRow]) -> SplitProof:

@@ -120,7 +120,9 @@ def prepare_data(
             long, or a held-out row that is also in training. The row is named.
     """
     examples = read_examples(section, progress=progress)
-    return prepare_examples(examples, section, objective, template)
+    prepared = prepare_examples(examples, section, objective, template)
+    objective.require_rows(prepared.train, section.train)
+    return prepared
 
 
 def read_examples(section: DataSection, *, progress: Progress = QUIET) -> Examples:
@@ -138,14 +140,13 @@ def read_examples(section: DataSection, *, progress: Progress = QUIET) -> Exampl
 def prepare_examples(
     examples: Examples, section: DataSection, objective: RowMaker, template: ChatTemplate
 ) -> PreparedData:
-    """Tokenizes and proves what was read; see `prepare_data`."""
+    """Tokenizes and proves what was read, row by row; see `prepare_data`."""
     train, held_out = examples
     num_shared = count_shared(examples)
     limit = min(section.max_length, template.context_tokens)
     whole = [row for example in train for row in objective.rows(example, template)]
     packed = objective.pack(whole, limit)
     train_rows, train_proof = _prove(train, packed, section.train, section, template)
-    objective.require_rows(train_rows, section.train)
     eval_rows: list[TokenRow] = []
     eval_proof = None
     if section.eval is not None:

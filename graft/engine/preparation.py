@@ -18,7 +18,7 @@ from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.reference import References
 from graft.engine.rollouts import Prompts, Rollouts, restored_rows, saved_rows
 from graft.engine.scoring import outputs_of, score_rows
-from graft.objectives.base import DETAILS, REFERENCE
+from graft.objectives.base import REFERENCE, ROLLOUT_SECONDS
 from graft.objectives.sampling import SamplingObjective
 from graft.recipe.sections import Recipe, TrainSection
 
@@ -127,12 +127,12 @@ class Preparation:
         failed = self._roll_out(steps)
         return {name: failed.get(name) or self._slot_step(name, steps[name]) for name in steps}
 
-    def told(self, name: str, seconds: float) -> dict[str, float]:
-        """What is told of a slot's rollout in the last step, and its share of those seconds."""
+    def told(self, name: str) -> dict[str, float]:
+        """What is told of a slot's rollout in the last step, and how long that took."""
         learner = self._learners[name]
         if not isinstance(learner.objective, SamplingObjective):
             return {}
-        return {**learner.told, f"{DETAILS}seconds_fraction": self._rollouts.seconds / seconds}
+        return {**learner.told, ROLLOUT_SECONDS: self._rollouts.seconds if learner.told else 0.0}
 
     def _roll_out(self, steps: Mapping[str, int]) -> dict[str, GraftError]:
         """Has answers sampled for all slots that are through with their last ones."""

@@ -105,18 +105,27 @@ def _complete_model(
     """Adds what transformers needs beside the weights: configuration and tokenizer of the base."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
+    from graft.data.template import ChatTemplate
     from graft.models import load_tokenizer, torch_dtype
 
+    tokenizer = load_tokenizer(ready)
     config = AutoConfig.from_pretrained(ready.path, local_files_only=True, trust_remote_code=False)
     config.dtype = torch_dtype(recipe.model)
     if is_reward_model:
         config.num_labels = 1
         config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
+        ends = ChatTemplate(tokenizer).stop_ids
+        if config.get_text_config().pad_token_id in ends:
+            # transformers reads the score at the last token that is no padding: at the end of turn.
+            others = sorted(set(tokenizer.all_special_ids) - ends)
+            pad = others[0] if others else None
+            config.get_text_config().pad_token_id = pad
+            tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
     config.save_pretrained(folder)
     generation = ready.path / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
-    load_tokenizer(ready).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def require_answers(stored: StoredAdapter, purpose: str) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.core.errors import ConfigError
@@ -44,6 +45,20 @@ def recompute_layers(model: MultiAdapterModel) -> None:
         )
     for layer in layers:
         layer.forward = partial(_forward, layer.forward, partial(_contexts, model))
+
+
+@contextmanager
+def plain_layers(base: nn.Module) -> Iterator[None]:
+    """Takes the recomputation off a base while a copy of it is made."""
+    layers = [
+        module for module in base.modules() if isinstance(vars(module).get("forward"), partial)
+    ]
+    kept = [vars(layer).pop("forward") for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, kept, strict=True):
+            vars(layer)["forward"] = forward
 
 
 def _forward(

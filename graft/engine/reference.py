@@ -19,6 +19,7 @@ from graft.core.errors import ConfigError
 from graft.data.records import TokenRow
 from graft.engine.backends.base import Backend
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
+from graft.engine.recompute import plain_layers
 from graft.engine.scoring import Scores, score_rows
 from graft.methods.base import Method
 from graft.methods.whole import WholeMethod
@@ -74,7 +75,7 @@ class References:
             ConfigError: The reference would be a copy of the base, and there is no room for it.
             AdapterError: The weights do not fit.
         """
-        key = "base" if start is None else f"reference-{_digest(start)}"
+        key = "base" if start is None else f"reference-{_digest(method, start)}"
         if isinstance(method, WholeMethod):
             key = f"{key} of {name}"
         if key not in self._by_key:
@@ -165,7 +166,8 @@ class References:
                 "an objective without a reference (orpo), or a smaller base"
             )
         self._model.layers.unwrap()
-        return MultiAdapterModel(copy.deepcopy(base))
+        with plain_layers(base):  # the copy is read without gradients
+            return MultiAdapterModel(copy.deepcopy(base))
 
 
 def _key(row: TokenRow) -> bytes:
@@ -176,8 +178,8 @@ def _key(row: TokenRow) -> bytes:
     return digest.digest()
 
 
-def _digest(tensors: AdapterTensors) -> str:
-    digest = blake2b(digest_size=8)
+def _digest(method: Method, tensors: AdapterTensors) -> str:
+    digest = blake2b(method.model_dump_json().encode(), digest_size=8)
     for site, of_site in sorted(tensors.items()):
         for key, value in sorted(of_site.items()):
             digest.update(f"{site}.{key} {value.dtype} {tuple(value.shape)}".encode())

@@ -23,7 +23,7 @@ from graft.engine.generate import GenerationRequest
 from graft.engine.kv_cache import require_full_attention
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.engine.scoring import RowScores, outputs_of, read_rows
-from graft.metrics.rewards import RewardScores, score_rewards
+from graft.metrics.rewards import RewardScores, add_up, reward_names, score_rewards
 from graft.objectives.base import DETAILS, REFERENCE
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from graft.engine.multi import MultiAdapterModel
     from graft.engine.reference import References
     from graft.methods.base import Method
+    from graft.metrics.base import RowOutcome
+    from graft.metrics.rewards import Reward
     from graft.objectives.sampling import SamplingObjective
     from graft.recipe.sections import TrainSection
 
@@ -212,7 +214,28 @@ class Rollouts:
         asked, texts = [prompt for prompt, _ in said], [text for _, text in said]
         metrics = [reward.metric for reward in objective.rewards]
         outcomes = answer_outcomes(metrics, asked, texts, self._judges)
-        return score_rewards(objective.rewards, outcomes, [prompt.source for prompt in asked])
+        sources = [prompt.source for prompt in asked]
+        if self._backend.world_size == 1:
+            return score_rewards(objective.rewards, outcomes, sources)
+        return self._earned_by_the_first(objective.rewards, outcomes, sources)
+
+    def _earned_by_the_first(
+        self, rewards: Sequence[Reward], outcomes: list[RowOutcome], sources: Sequence[str]
+    ) -> RewardScores:
+        """Lets one worker score for all: a reward may be random, or fail for one of them alone."""
+        names, failure = reward_names(rewards), None
+        told = torch.zeros(1 + len(names), len(outcomes), dtype=torch.float64)
+        if self._backend.world_rank == 0:
+            try:
+                found = score_rewards(rewards, outcomes, sources).by_reward
+                told[1:] = torch.tensor([found[name] for name in names], dtype=torch.float64)
+            except GraftError as error:
+                failure = error
+                told[0] = 1
+        told = self._backend.all_reduce_sum(told)
+        if told[0].any():
+            raise failure or TrainingError("a reward failed on the first worker, which says why")
+        return add_up(rewards, dict(zip(names, told[1:].tolist(), strict=True)))
 
 
 def _asked(row: TokenRow) -> EvalPrompt:

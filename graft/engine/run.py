@@ -14,6 +14,7 @@ from graft.core.errors import AdapterError, TrainingError
 from graft.core.files import require_writable, write_json
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.engine.measurable import require_measurable
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.recompute import recompute_layers
 from graft.engine.run_folder import (
@@ -29,7 +30,7 @@ from graft.engine.run_folder import (
 )
 from graft.engine.train import StepReport, Trainer
 from graft.methods.base import HEAD, split_head
-from graft.objectives.base import DETAILS
+from graft.objectives.base import DETAILS, ROLLOUT_SECONDS
 from graft.recipe.mixture import mixture_facts
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class LoadedRun:
     prepared: PreparedData
     judges: RewardModels | None = None
     """Reward models that the recipe names."""
+    start: str | None = None
+    """Digest of the adapter that `train.init_from` names; None where it has none."""
 
 
 def load_run(recipe: Recipe, home: Path) -> LoadedRun:
@@ -88,12 +91,14 @@ def load_run(recipe: Recipe, home: Path) -> LoadedRun:
     ready = resolve_model(recipe.model, home)
     template = ChatTemplate(load_tokenizer(ready))
     prepared = prepare_parts(recipe.parts, template)
+    require_measurable(recipe, prepared)
     model = MultiAdapterModel(load_model(ready, recipe.model))
     if recipe.scale.gradient_checkpointing:
         recompute_layers(model)
     judges = RewardModels(model, ready, template, home)
     judges.load(recipe)
-    return LoadedRun(recipe, ready, model, template, prepared, judges)
+    start = start_digest(recipe, home)
+    return LoadedRun(recipe, ready, model, template, prepared, judges, start)
 
 
 def train_run(
@@ -219,6 +224,8 @@ def report_on(window: list[StepReport], seconds: float) -> Report:
     elapsed = sum(step.seconds for step in window)
     names = dict.fromkeys(name for step in window for name in step.figures)
     told = {name: [s.figures[name] for s in window if name in s.figures] for name in names}
+    sampling = told.pop(ROLLOUT_SECONDS, None)
+    shares = {} if sampling is None else {f"{ROLLOUT_SECONDS}_fraction": sum(sampling) / elapsed}
     return {
         "steps": last.step,
         "seconds": seconds,
@@ -230,6 +237,7 @@ def report_on(window: list[StepReport], seconds: float) -> Report:
             name if name.startswith(DETAILS) else FIGURES + name: sum(values) / len(values)
             for name, values in told.items()
         },
+        **shares,
     }
 
 
@@ -292,6 +300,19 @@ def initial_tensors(recipe: Recipe, ready: ReadyModel, home: Path) -> AdapterTen
     return tensors if head is None else {**tensors, HEAD: head}
 
 
+def start_digest(recipe: Recipe, home: Path) -> str | None:
+    """Names what training starts from: behind an alias or a name another adapter may come to be.
+
+    Raises:
+        AdapterError: `train.init_from` names nothing.
+    """
+    from graft.artifacts import Store
+
+    if recipe.train.init_from is None:
+        return None
+    return Store(home).resolve(recipe.train.init_from, allow_folder=True).digest
+
+
 def run_facts(run: LoadedRun) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: all that changes a result, no more."""
     recipe = run.recipe.model_dump(mode="json")
@@ -299,6 +320,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
     if run.recipe.train.stop_at_loss is not None:
         free -= {"report_every"}  # it is at reports that the run may stop
     train = {k: v for k, v in recipe["train"].items() if k not in free}
+    train["init_from"] = run.start or train["init_from"]
     judges = run.judges.facts(run.recipe) if run.judges is not None else {}
     return {
         "base": run.ready.digest,

@@ -259,7 +259,7 @@ class Trainer:
                 seconds=seconds,
                 is_finite=math.isfinite(sums[name].loss) and math.isfinite(norm),
                 is_finished=job.step >= job.settings.steps,
-                figures=sums[name].figures | self._preparation.told(name, seconds),
+                figures=sums[name].figures | self._preparation.told(name),
             )
         return reports
 

@@ -194,7 +194,20 @@ class LoraFamily(LayerMethod):
         return method, found
 
     def starting_tensors(self, given: Method, tensors: AdapterTensors) -> AdapterTensors:
-        """Takes a plain adapter of rank 2r apart where a first pair is kept: `plain` backwards."""
+        """Takes a plain adapter of rank 2r apart where a first pair is kept: `plain` backwards.
+
+        Weights of another scale (`lora_alpha`, `use_rslora`) are brought to this one: what they
+        compute stays the same.
+        """
+        if isinstance(given, LoraFamily) and given.scale != self.scale:
+            factor = given.scale / self.scale
+            tensors = {
+                site: {
+                    key: value * factor if key in ("lora_B", "lora_B0") else value
+                    for key, value in of_site.items()
+                }
+                for site, of_site in tensors.items()
+            }
         is_double = isinstance(given, LoraFamily) and given.r == 2 * self.r
         if not (self.keeps_first_pair and is_double):
             return tensors

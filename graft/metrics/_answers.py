@@ -7,23 +7,27 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.core.errors import DataError
-from graft.metrics.base import RowOutcome
+from graft.metrics.base import Metric, RowOutcome
 
 
 def score_answers(
-    rows: list[RowOutcome], score: Callable[[str, str], float]
+    metric: Metric, rows: list[RowOutcome], score: Callable[[str, str], float]
 ) -> tuple[float, list[float]]:
     """Returns the mean score, and each row's own.
 
     Args:
+        metric: Whose score it is; it may refuse a row's reference.
         rows: Rows with answers.
         score: Called as `score(reference, answer)`.
 
     Raises:
-        DataError: There is no row.
+        DataError: There is no row, or one cannot be scored.
     """
     if not rows:
         raise DataError("no held-out prompt, so there is no answer to compare")
+    for reference in {row.reference for row in rows}:
+        if reason := metric.refusal(reference):
+            raise DataError(reason)
     scores = [float(score(row.reference, row.answer or "")) for row in rows]
     return sum(scores) / len(scores), scores
 

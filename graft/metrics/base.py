@@ -42,5 +42,15 @@ class Metric(Variant):
     def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
         """Returns the metric over all rows, and each row's own share (for intervals)."""
 
+    def refusal(self, reference: str) -> str | None:
+        """Says why no answer to a row can be scored; by default every row's can.
+
+        Asked of all rows before training, and by `score` again.
+
+        Args:
+            reference: The wanted answer; empty where the row has none.
+        """
+        return None
+
 
 METRICS: Registry[Metric] = Registry("metric", "graft.metrics")

@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from graft.core.errors import DataError
 from graft.core.model import Listed
 from graft.metrics._answers import score_answers
 from graft.metrics.base import METRICS, Metric, RowOutcome
@@ -32,20 +31,18 @@ class ContainsMetric(Metric):
     needs: ClassVar[Literal["loss", "generation"]] = "generation"
     mode: ClassVar[Literal["min", "max"]] = "max"
 
-    def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
-        """Returns the mean share, and each row's own, 0 to 1.
+    def refusal(self, reference: str) -> str | None:
+        """Asks for texts, the row's or its own."""
+        if self.texts or reference.strip():
+            return None
+        return "the row has no wanted answer, and every answer contains nothing; give `texts`"
 
-        Raises:
-            DataError: A row's reference is empty, which every answer contains.
-        """
-        return score_answers(rows, self._score_one)
+    def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
+        """Returns the mean share, and each row's own, 0 to 1."""
+        return score_answers(self, rows, self._score_one)
 
     def _score_one(self, reference: str, answer: str) -> float:
         wanted = self.texts or (reference.strip(),)
-        if not all(wanted):
-            raise DataError(
-                "the row's reference is empty, and every answer contains that; give `texts`"
-            )
         if self.ignore_case:
             wanted, answer = tuple(map(str.casefold, wanted)), answer.casefold()
         return sum(text in answer for text in wanted) / len(wanted)

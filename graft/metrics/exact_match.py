@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from graft.core.errors import DataError
 from graft.metrics._answers import parse_json, score_answers
 from graft.metrics.base import METRICS, Metric, RowOutcome
 
@@ -31,12 +30,33 @@ class ExactMatchMetric(Metric):
     needs: ClassVar[Literal["loss", "generation"]] = "generation"
     mode: ClassVar[Literal["min", "max"]] = "max"
 
+    def refusal(self, reference: str) -> str | None:
+        """Asks for a wanted answer, in JSON where `compare` says so."""
+        if not reference:
+            return "the row has no wanted answer to compare with"
+        if self.compare == "json" and (problem := _problem(reference)) is not None:
+            return (
+                f"the reference {reference[:80]!r} is not JSON ({problem}); correct the row or use "
+                "compare: auto"
+            )
+        return None
+
     def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
         """Returns the share of matches, and 1 or 0 a row."""
         return score_answers(
+            self,
             rows,
             lambda reference, answer: _matches(reference, answer, self.compare, self.ignore_case),
         )
+
+
+@lru_cache(maxsize=65536)
+def _problem(reference: str) -> str | None:
+    try:
+        parse_json(reference)
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return None
 
 
 @lru_cache(maxsize=65536)
@@ -44,12 +64,8 @@ def _matches(reference: str, answer: str, compare: str, ignore_case: bool) -> bo
     if compare != "text":
         try:
             wanted = parse_json(reference)
-        except (ValueError, RecursionError) as error:
-            if compare == "json":
-                raise DataError(
-                    f"the reference {reference[:80]!r} is not JSON ({error}); "
-                    "correct the row or use compare: auto"
-                ) from error
+        except (ValueError, RecursionError):
+            pass
         else:
             try:
                 return bool(_canonical(parse_json(answer)) == _canonical(wanted))

@@ -41,7 +41,7 @@ class JsonValidMetric(Metric):
 
     def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
         """Returns the share of valid answers, and 1 or 0 a row."""
-        return score_answers(rows, lambda _, answer: _is_valid(answer, self.kind, self.keys))
+        return score_answers(self, rows, lambda _, answer: _is_valid(answer, self.kind, self.keys))
 
 
 @lru_cache(maxsize=65536)

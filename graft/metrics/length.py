@@ -41,13 +41,19 @@ class LengthMetric(Metric):
             )
         return self
 
+    def refusal(self, reference: str) -> str | None:
+        """Asks for a longest length, the row's or its own."""
+        if self.max_chars is not None or reference.strip():
+            return None
+        return "the row has no wanted answer to be as long as; give `max_chars`"
+
     def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
         """Returns the mean score, and each row's own, 0 to 1."""
-        return score_answers(rows, self._score_one)
+        return score_answers(self, rows, self._score_one)
 
     def _score_one(self, reference: str, answer: str) -> float:
         num_chars = len(answer.strip())
         if num_chars < self.min_chars:
             return num_chars / self.min_chars
-        longest = self.max_chars or max(len(reference.strip()), self.min_chars, 1)
+        longest = self.max_chars or max(len(reference.strip()), self.min_chars)
         return max(0.0, 1.0 - max(0, num_chars - longest) / (self.falloff * longest))

@@ -47,4 +47,4 @@ class RegexMetric(Metric):
         """Returns the share of answers that match, and 1 or 0 a row."""
         compiled = re.compile(self.pattern, re.IGNORECASE if self.ignore_case else 0)
         find = compiled.fullmatch if self.full_match else compiled.search
-        return score_answers(rows, lambda _, answer: find(answer.strip()) is not None)
+        return score_answers(self, rows, lambda _, answer: find(answer.strip()) is not None)

@@ -75,6 +75,11 @@ def score_rewards(
         name: _checked_scores(reward.metric, rows, sources)
         for name, reward in zip(reward_names(rewards), rewards, strict=True)
     }
+    return add_up(rewards, by_reward)
+
+
+def add_up(rewards: Sequence[Reward], by_reward: dict[str, list[float]]) -> RewardScores:
+    """Weighs what each reward gave."""
     weights = [reward.weight for reward in rewards]
     totals = [
         sum(weight * score for weight, score in zip(weights, of_row, strict=True))

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 DETAILS = "rollout/"
 """What a step tells of its rollout under names that begin so is for reports, not for progress."""
+ROLLOUT_SECONDS = DETAILS + "seconds"
+"""What a step tells of its rollout's time; reports have the share of all steps' time."""
 REFERENCE = "reference_logprobs"
 """Name in `extra` of the log-probabilities under the reference."""
 
@@ -105,8 +107,16 @@ class Objective(Variant):
     `rollouts`."""
     scores_answers: ClassVar[bool] = False
     """What it trains is a reward model, published with its head; it gives no answers."""
+    row_fields: ClassVar[frozenset[str] | None] = None
+    """Settings that shape token rows; objectives alike in them share theirs. None is all."""
     smallest_batch: ClassVar[int] = 1
     """Rows that a step must have at least."""
+
+    @property
+    def row_key(self) -> str:
+        """Names what token rows depend on."""
+        shaping = None if self.row_fields is None else {"type", *self.row_fields}
+        return self.model_dump_json(include=shaping)
 
     @classmethod
     def search_space(cls) -> dict[str, Space]:

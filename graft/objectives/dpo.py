@@ -42,6 +42,7 @@ class DpoObjective(Objective):
     Without it both answers may grow less likely, the rejected one faster."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"preference"})
+    row_fields: ClassVar[frozenset[str] | None] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ class KtoObjective(Objective):
     """Weight of unwanted answers."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"unpaired", "preference"})
+    row_fields: ClassVar[frozenset[str] | None] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
     smallest_batch: ClassVar[int] = 2
 
@@ -73,11 +74,18 @@ class KtoObjective(Objective):
         return rows
 
     def require_rows(self, rows: list[TokenRow], source: str) -> None:
-        """Refuses rows of one kind: there would be nothing to tell apart.
+        """Refuses rows of one kind, and pairs of the same tokens: nothing could be told apart.
 
         Raises:
-            DataError: All answers are wanted, or none is.
+            DataError: All answers are wanted, or none is; or one is both.
         """
+        labels_of: dict[tuple[str, tuple[int, ...]], float | None] = {}
+        for row in rows:
+            if labels_of.setdefault((row.source, tuple(row.input_ids)), row.label) != row.label:
+                raise DataError(
+                    f"{row.source}: both answers of the pair are the same tokens, one wanted and "
+                    "one not; if they were cut, raise data.max_length"
+                )
         labels = {row.label for row in rows}
         if len(labels) == 1:
             kind = "wanted" if labels == {1.0} else "unwanted"

@@ -34,6 +34,7 @@ class OrpoObjective(Objective):
     """The prompt's tokens are in the cross-entropy too, as in the authors' own code."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"preference"})
+    row_fields: ClassVar[frozenset[str] | None] = frozenset({"learns_prompt"})
 
     @classmethod
     def search_space(cls) -> dict[str, Space]:

@@ -37,6 +37,7 @@ class RewardObjective(Objective):
     """Weight of the squared sum of a pair's scores, which draws scores towards 0; 0.01 is usual."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"preference"})
+    row_fields: ClassVar[frozenset[str] | None] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
     scores_answers: ClassVar[bool] = True
 

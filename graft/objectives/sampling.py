@@ -58,6 +58,7 @@ class SamplingObjective(Objective):
     """Ends a run whose answers are longer on average."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"messages", "prompts", "preference", "unpaired"})
+    row_fields: ClassVar[frozenset[str] | None] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({"rollouts", "reference", "entropy"})
 
     @field_validator("rewards")

@@ -16,6 +16,7 @@ from graft.data import (
     prepare_data,
     prepare_parts,
 )
+from graft.engine.measurable import require_measurable
 from graft.models import ReadyModel, load_tokenizer, resolve_model
 from graft.recipe.mixture import require_single
 
@@ -89,14 +90,17 @@ def prepare_for_all(
         Those of the example.
 
     Raises:
-        DataError: A row or a file is wrong, or an objective cannot learn from these rows.
+        DataError: A row or a file is wrong, an objective cannot learn from these rows, or a reward
+            or metric cannot score them.
     """
     example = space.example()
     prepared = prepare_parts(example.parts, template, progress=progress)
-    by_objective = {recipe.objective.type: recipe for recipe in space.examples()}
-    by_objective.pop(example.objective.type, None)
-    for recipe in by_objective.values():
-        prepare_parts(recipe.parts, template)
+    known = {example.objective.row_key: prepared}
+    for recipe in (example, *space.examples()):
+        key = recipe.objective.row_key
+        if key not in known:
+            known[key] = prepare_parts(recipe.parts, template)
+        require_measurable(recipe, known[key])
     return prepared
 
 

@@ -50,11 +50,7 @@ def publish_trained(
             metrics = evaluate_run(run, _SLOT, progress=progress).metrics
         finally:
             run.model.remove_slot(_SLOT)
-    parents = []
-    if recipe.train.init_from is not None:
-        started_from = store.resolve(recipe.train.init_from, allow_folder=True).digest
-        if started_from is not None:
-            parents = [Parent(digest=started_from, relation="successor")]
+    parents = [] if run.start is None else [Parent(digest=run.start, relation="successor")]
     return publish_adapter(
         store,
         Adapter(recipe.method, tensors),

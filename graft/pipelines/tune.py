@@ -147,6 +147,7 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
         DataError: The data is, or unsuitable for an objective that may be chosen.
     """
     from graft.data.template import ChatTemplate
+    from graft.engine.run import start_digest
     from graft.models import load_tokenizer, resolve_model
     from graft.pipelines.check import prepare_for_all
 
@@ -155,6 +156,7 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
     template = ChatTemplate(load_tokenizer(ready))
     proof = prepare_for_all(space, template, progress=progress).proof
     shapes = {key: content.get(key) for key in ("method", "objective", "train")}
+    shapes["start"] = start_digest(example, home)
     shapes["space"] = example.search.space
     shapes["holes"] = sorted(space.holes)
     shapes |= mixture_facts(example.data)

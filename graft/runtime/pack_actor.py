@@ -47,7 +47,7 @@ class PackActor:
         self._home = Path(home)
         self._base = load_run(Recipe.model_validate_json(recipe), self._home)
         self._lock = threading.Lock()
-        self._prepared = {self._base.recipe.objective: self._base.prepared}
+        self._prepared = {self._base.recipe.objective.row_key: self._base.prepared}
         cap = MemoryCap(ModelShape.of(self._base.ready), limits) if limits else None
         self._pack = Pack(
             self._base.model,
@@ -80,16 +80,19 @@ class PackActor:
         return self._pack.needed_bytes()
 
     def _run_of(self, recipe: Recipe) -> LoadedRun:
+        from graft.engine.run import start_digest
+
         with self._lock:
-            prepared = self._prepared.get(recipe.objective)
+            prepared = self._prepared.get(recipe.objective.row_key)
             if prepared is None:
                 from graft.data.mixture import prepare_parts
 
                 prepared = prepare_parts(recipe.parts, self._base.template)
-                self._prepared[recipe.objective] = prepared
+                self._prepared[recipe.objective.row_key] = prepared
             if self._base.judges is not None:
                 self._base.judges.load(recipe)
-        return replace(self._base, recipe=recipe, prepared=prepared)
+        start = start_digest(recipe, self._home)
+        return replace(self._base, recipe=recipe, prepared=prepared, start=start)
 
 
 def start_pack(

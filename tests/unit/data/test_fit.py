@@ -14,6 +14,7 @@ from graft.data.prepare import prepare_data
 from graft.data.records import Message, TokenRow
 from graft.data.section import DataSection
 from graft.data.template import ChatTemplate
+from graft.objectives._scored import scored_row
 from graft.objectives.base import OBJECTIVES
 
 PROMPT = (
@@ -76,6 +77,20 @@ def test_a_pair_is_cut_answer_by_answer_and_its_prompt_stays_whole(template: Cha
     for branch in (1, 2):
         own = long.take(long.branch_columns(branch)).input_ids
         assert cut.take(cut.branch_columns(branch)).input_ids == own[: num_prompt + 3]
+
+
+def test_a_cut_answer_is_still_scored_at_its_end(template: ChatTemplate) -> None:
+    pair = template.answers(PROMPT, ["one two three four five", "six"], source="pairs:1")
+    scored = scored_row(pair)
+    num_prompt = pair.num_prompt_tokens
+    cut = fit_row(scored, section(num_prompt + 4), template)
+    require_right_mask(cut)
+    assert [cut.branch.count(k) for k in (0, 1, 2)] == [num_prompt, 4, 4]
+    for branch in (1, 2):
+        own = cut.take(cut.branch_columns(branch))
+        whole = pair.take(pair.branch_columns(branch)).input_ids
+        assert own.input_ids[:-1] == whole[: num_prompt + 3]
+        assert own.targets == [num_prompt + 3]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_and_never_cut(template: ChatTemplate) -> None:

@@ -13,6 +13,7 @@ from graft.data.mixture import DataPart, prepare_parts
 from graft.data.prepare import prepare_data
 from graft.data.section import DataSection
 from graft.data.template import ChatTemplate
+from graft.objectives.kto import KtoObjective
 from graft.objectives.pretrain import PretrainObjective
 from graft.objectives.sft import SftObjective
 
@@ -118,6 +119,21 @@ def test_one_part_without_a_name_is_what_it_always_was(
     (first, _) = parts
     alone = prepare_data(first.section, first.objective, template)
     assert prepare_parts([first._replace(name="")], template) == alone
+
+
+def test_what_one_source_lacks_another_may_have(tmp_path: Path, template: ChatTemplate) -> None:
+    kto = KtoObjective()
+
+    def thumbs(name: str, is_wanted: bool) -> DataPart[KtoObjective]:
+        rows = [{"prompt": f"{name} {at}", "completion": "b", "label": is_wanted} for at in (1, 2)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return DataPart(DataSection(train=str(path)), kto, name)
+
+    prepared = prepare_parts([thumbs("up", True), thumbs("down", False)], template)
+    assert [row.label for row in prepared.train] == [1, 1, 0, 0]
+    with pytest.raises(DataError, match=r"up.jsonl, .*more.jsonl: all 4 answers are wanted"):
+        prepare_parts([thumbs("up", True), thumbs("more", True)], template)
 
 
 def test_a_row_held_out_by_one_source_and_learned_in_another_is_refused(

@@ -15,6 +15,7 @@ from graft.core.errors import ConfigError
 from graft.data.records import TokenRow
 from graft.engine.backends.torch import TorchBackend
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
+from graft.engine.recompute import recompute_layers
 from graft.engine.reference import References
 from graft.engine.train import Trainer
 from graft.methods.base import METHODS
@@ -143,6 +144,10 @@ def test_the_reference_is_what_the_slot_started_from_and_leaves_with_it() -> Non
         assert first[name].loss == pytest.approx(math.log(2), abs=1e-12)
         assert first[name].figures["reward_margin"] == pytest.approx(0, abs=1e-12)
         assert second[name].loss != pytest.approx(math.log(2), abs=1e-4)
+    other = recipe.method.model_copy(update={"lora_alpha": 3.0})
+    trainer.join("d", recipe.model_copy(update={"method": other}), rows, tensors=stirred_start())
+    assert trainer.step()["d"].loss == pytest.approx(math.log(2), abs=1e-12)
+    trainer.leave("d")
     trainer.leave("a")
     assert len(trainer.model.slots) == 3
     trainer.leave("b")
@@ -182,6 +187,25 @@ def test_a_method_that_owns_the_base_has_a_copy_of_it_as_reference() -> None:
     assert reports[0].figures["reward_margin"] == pytest.approx(0, abs=1e-12)
     assert reports[2].figures["reward_margin"] > 0.01
     assert reports[2].loss < reports[0].loss
+
+
+def test_a_base_whose_layers_recompute_is_copied_too() -> None:
+    recipe = make_recipe(
+        method={"type": "full"},
+        objective={"type": "dpo"},
+        train={"steps": 3, "batch_size": 4, "lr": 1e-3},
+    )
+    losses = []
+    for recomputes in (False, True):
+        model = MultiAdapterModel(exact_model())
+        if recomputes:
+            recompute_layers(model)
+        trainer = Trainer(model)
+        trainer.join("a", recipe, make_pairs(4))
+        losses.append([trainer.step()["a"].loss for _ in range(3)])
+        layers = model.base.get_decoder().layers
+        assert all(("forward" in vars(layer)) == recomputes for layer in layers)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
 
 
 def test_a_copy_without_memory_is_refused_with_what_it_costs() -> None:

@@ -128,7 +128,7 @@ def test_prompts_and_answers_change_every_num_iterations_steps() -> None:
         report = trainer.step()["a"]
         seen.append([row.input_ids for row in sampled(trainer, "a")])
         assert ("reward" in report.figures) == (report.step in (1, 4))
-        assert (report.figures["rollout/seconds_fraction"] > 0) == (report.step in (1, 4))
+        assert (report.figures["rollout/seconds"] > 0) == (report.step in (1, 4))
         if report.step in (1, 4):
             assert report.figures["clip_fraction"] == 0
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5]
@@ -203,10 +203,49 @@ def test_two_workers_sample_and_train_as_one(type: str, backend: Any) -> None:
         assert largest_difference(found, alone.state("a").tensors) <= 1e-9
         for report, other in zip(reports[rank], expected, strict=True):
             own, others = dict(report.figures), dict(other.figures)
-            assert (
-                own.pop("rollout/seconds_fraction") >= 0 <= others.pop("rollout/seconds_fraction")
-            )
+            assert own.pop("rollout/seconds") >= 0 <= others.pop("rollout/seconds")
             assert own == pytest.approx(others, abs=1e-9)
+
+
+class Moody(Metric):
+    """Gives every worker something else, and fails for the first where it is told to."""
+
+    type: Literal["moody"] = "moody"
+    fails: bool = False
+    needs: ClassVar[Literal["loss", "generation"]] = "generation"
+    mode: ClassVar[Literal["min", "max"]] = "max"
+
+    def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
+        rank = int(threading.current_thread().name)
+        if self.fails and rank == 0:
+            raise ValueError("no mood")
+        return 0.0, [float(at % 3 + 10 * rank) for at in range(len(rows))]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_worker_scores_for_all(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    METRICS.names()
+    monkeypatch.setitem(METRICS._classes, "moody", Moody)
+    rewards = [{"metric": {"type": "moody", "fails": fails}}]
+    barrier, board = threading.Barrier(2), dict[int, Any]()
+    found: dict[int, StepReport] = {}
+
+    def work(rank: int) -> None:
+        backend = OneOfTwo(rank, barrier, board)
+        trainer = Trainer(MultiAdapterModel(exact_model()), backend, TEMPLATE)
+        trainer.join("a", recipe(rewards=rewards), ROWS)
+        found[rank] = trainer.step()["a"]
+
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if fails:
+        assert "ValueError: no mood" in str(found[0].failure)
+        assert "failed on the first worker" in str(found[1].failure)
+    else:
+        assert found[0].figures["reward"] == found[1].figures["reward"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("type", ["grpo", "ppo"])
@@ -315,6 +354,9 @@ def test_a_report_averages_what_was_told_of_rollouts_over_the_steps_that_had_one
     report = report_on(reports[:4], 1.0)
     expected = (reports[0].figures["reward"] + reports[2].figures["reward"]) / 2
     assert report["objective/reward"] == pytest.approx(expected)
+    elapsed = sum(step.seconds for step in reports[:4])
+    sampling = sum(step.figures["rollout/seconds"] for step in reports[:4])
+    assert report["rollout/seconds_fraction"] == pytest.approx(sampling / elapsed)
     assert {name for name in report if name.startswith("rollout/")} == {
         "rollout/reward_std",
         "rollout/length",

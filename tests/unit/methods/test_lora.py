@@ -304,6 +304,15 @@ def test_an_adapter_taken_from_the_base_is_saved_as_a_plain_one_and_goes_on(
     assert_close(our_logits(Adapter(method, again)), our_logits(adapter))
 
 
+def test_weights_of_another_scale_compute_the_same_where_training_starts_from_them() -> None:
+    given = lora(lora_alpha=32)
+    adapter = stirred(given)
+    own = lora(lora_alpha=4, use_rslora=True)
+    tensors = own.starting_tensors(given, adapter.tensors)
+    assert_close(our_logits(Adapter(own, tensors)), our_logits(adapter))
+    assert given.starting_tensors(given, adapter.tensors) is adapter.tensors
+
+
 def test_svd_reads_an_adapter_taken_from_the_base() -> None:
     adapter = stirred(lora(init_lora_weights="pissa"))
     assert isinstance(adapter.method, LoraMethod)

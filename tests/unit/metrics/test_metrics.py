@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from graft.core.errors import ConfigError, DataError
-from graft.metrics.base import METRICS, RowOutcome
+from graft.metrics.base import METRICS, Metric, RowOutcome
 from graft.metrics.contains import ContainsMetric
 from graft.metrics.exact_match import ExactMatchMetric
 from graft.metrics.json_valid import JsonValidMetric
@@ -64,7 +64,6 @@ def test_no_supervised_token_is_an_error() -> None:
         ("[1, 2]", "[2, 1]", False),
         ("yes", " yes\n", True),
         ("yes", "Yes", False),
-        ("", "", True),
     ],
 )
 def test_exact_match_compares_json_as_values_and_text_as_text(
@@ -144,9 +143,9 @@ def test_regex_finds_its_pattern(settings: dict[str, Any], answer: str, is_match
         ({}, "four", "fourfour", 0.0),
         ({}, "four", "x" * 100, 0.0),
         ({}, "four", "", 0.0),
-        ({}, "", "a", 1.0),
-        ({"min_chars": 4}, "", "abc", 0.75),
-        ({"min_chars": 4}, "", "abcd", 1.0),
+        ({"min_chars": 4}, "on", "abc", 0.75),
+        ({"min_chars": 4}, "on", "abcd", 1.0),
+        ({"min_chars": 4, "max_chars": 9}, "", "abcd", 1.0),
         ({"max_chars": 10, "falloff": 0.5}, "four", "x" * 10, 1.0),
         ({"max_chars": 10, "falloff": 0.5}, "four", "x" * 12, 0.6),
         ({"max_chars": 10, "falloff": 0.5}, "four", "x" * 15, 0.0),
@@ -177,9 +176,20 @@ def test_contains_is_the_share_of_texts_found(
     assert metric.score(answers((reference, answer))) == (score, [score])
 
 
-def test_an_empty_reference_is_not_looked_for() -> None:
-    with pytest.raises(DataError, match="every answer contains that; give `texts`"):
-        ContainsMetric().score(answers(("lamp", "lamp"), (" ", "anything")))
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        (ContainsMetric(), "every answer contains nothing; give `texts`"),
+        (ExactMatchMetric(), "no wanted answer to compare with"),
+        (LengthMetric(), "to be as long as; give `max_chars`"),
+    ],
+)
+def test_a_row_without_a_wanted_answer_is_refused_where_one_is_compared(
+    metric: Metric, words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        metric.score(answers(("lamp", "lamp"), ("", "anything")))
+    assert METRICS.build("json_valid").refusal("") is None
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,18 @@ def test_labels_of_one_kind_are_refused() -> None:
     KtoObjective().require_rows(make_answers(4, num_wanted=1), "t.jsonl")
 
 
+def test_a_pair_of_the_same_tokens_is_refused() -> None:
+    asked = (Message(role="user", content="lamp?"),)
+    pairs = [
+        Example(source="p:1", prompt=asked, chosen="on", rejected="off"),
+        Example(source="p:2", prompt=asked, chosen="on", rejected="on"),
+    ]
+    rows = [row for pair in pairs for row in KtoObjective().rows(pair, TEMPLATE)]
+    with pytest.raises(DataError, match="p:2: both answers of the pair are the same tokens"):
+        KtoObjective().require_rows(rows, "t.jsonl")
+    KtoObjective().require_rows(rows[:2], "t.jsonl")
+
+
 def test_rows_without_a_label_are_refused_in_words() -> None:
     talk = (Message(role="user", content="a"), Message(role="assistant", content="b"))
     with pytest.raises(DataError, match="t:1: objective 'kto' learns from answers with a label"):

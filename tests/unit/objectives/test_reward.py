@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+)
 
 from graft.artifacts import Store
 from graft.compressors.base import Adapter
@@ -42,6 +46,9 @@ from tests.unit.objectives._trl import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL's and PEFT's own making
+
+
+SAID = (Message(role="user", content="a"), Message(role="assistant", content="b"))
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +226,37 @@ def test_a_reward_model_of_method_full_is_a_sequence_classifier(tmp_path: Path, 
     for number, score in enumerate(scores, 1):
         with torch.no_grad():
             ids = torch.tensor([parts(row)[0] + parts(row)[number]])
+            expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert score == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_classifier_is_read_at_the_end_of_turn_where_the_base_pads_with_that(
+    tmp_path: Path,
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    end = ChatTemplate(tiny_tokenizer()).tokens(SAID).input_ids[-1]
+    for name, key, value in (
+        ("config.json", "pad_token_id", end),
+        ("tokenizer_config.json", "pad_token", tiny_tokenizer().convert_ids_to_tokens(end)),
+    ):
+        path = base / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    home = tmp_path / "home"
+    train(load_recipe(make_recipe(tmp_path, base, "full")), home=home)
+    folder = Store(home).resolve("judge/1").path
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    theirs_of_words = AutoTokenizer.from_pretrained(folder)
+    assert theirs.config.pad_token_id == theirs_of_words.pad_token_id != end
+    model = MultiAdapterModel(tiny_model())
+    adapter = load_adapter(folder)
+    model.add_slot("own", adapter.method, tensors=adapter.tensors)
+    asked = (Message(role="user", content="lamp?"),)
+    row = ChatTemplate(tiny_tokenizer()).answers(asked, ["on", "off"], source="p:1")
+    (scores,) = answer_scores(model, "own", [scored_row(row)])
+    for number, score in enumerate(scores, 1):
+        with torch.no_grad():
+            ids = torch.tensor([row.take(row.branch_columns(number)).input_ids])
+            assert ids[0, -1] == end
             expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert score == pytest.approx(float(expected), abs=1e-5)
 

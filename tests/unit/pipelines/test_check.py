@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from graft.cli.main import build_app
 from graft.core.errors import DataError
 from graft.pipelines.check import check
+from graft.pipelines.train import train
 from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe
 
@@ -78,6 +79,33 @@ def test_prompts_without_answers_are_enough_where_answers_are_sampled(
     assert [len(row.segments) for row in report.samples] == [1, 1]
     with pytest.raises(DataError, match=r"asks\.jsonl:1: objective 'sft' learns from conv"):
         check(load_recipe(recipe_file, given), home=tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["eval.metrics=[loss]"], "no held-out row has a wanted answer, and eval.metrics loss"),
+        (["eval.metrics=[exact_match]"], r"asks\.jsonl:1: metric 'exact_match' cannot score it"),
+        (
+            ["eval.metrics=[json_valid]", "objective.rewards=[{metric: {type: length}}]"],
+            r"asks\.jsonl:1: reward 'length' cannot score it: .* give `max_chars`",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_anything_trains(
+    given: list[str], words: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    for name in ("asks", "more"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": f"{name}?"}) + "\n")
+    rows = f"data={{train: {tmp_path}/more.jsonl, eval: {tmp_path}/asks.jsonl, format: prompts}}"
+    if "objective" in given[-1]:
+        rows = rows.replace("more", "swap").replace("asks", "more").replace("swap", "asks")
+    objective = "objective={type: grpo, rewards: [{metric: json_valid}]}"
+    space = load_recipe(recipe_file, [rows, objective, *given])
+    with pytest.raises(DataError, match=words):
+        check(space, home=tmp_path / "home")
+    with pytest.raises(DataError, match=words):
+        train(load_recipe(recipe_file, [rows, objective, *given, "method.r=2"]), home=tmp_path)
 
 
 def test_feedback_rows_are_proved_too(recipe_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from graft.compressors.folder import load_adapter
 from graft.core.errors import AdapterError, ConfigError, DataError
 from graft.engine.run_folder import read_reports
 from graft.methods.base import HEAD
+from graft.pipelines.adapters import promote
 from graft.pipelines.train import TrainedAdapter, plan_train, train
 from graft.recipe import RecipeSpace, load_recipe
 
@@ -157,6 +159,21 @@ def test_preferences_are_learned_from_an_adapter_on_and_after_an_interruption(
     assert reports["cut"] == reports["whole"]
     margins = [report["objective/reward_margin"] for report in reports["whole"]]
     assert margins[0] < margins[-1]
+
+
+def test_a_run_does_not_go_on_from_another_adapter_of_the_same_name(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    first = train(load_recipe(recipe_file, ["name=start"]), home=home).artifact
+    promote("start", 1, home=home)
+    space = load_recipe(recipe_file, ["train.init_from=start"])
+    stop_after(space, home, 3)
+    shutil.rmtree(home / "runs" / "start")
+    train(load_recipe(recipe_file, ["name=start", "train.seed=8"]), home=home)
+    promote("start", 2, home=home)
+    with pytest.raises(ConfigError, match=rf"train\.init_from = .{first[:8]}"):
+        train(space, home=home)
 
 
 def test_an_experts_load_stands_in_every_report(recipe_file: Path, tmp_path: Path) -> None:
