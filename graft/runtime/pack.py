@@ -35,7 +35,7 @@ from graft.engine.run_folder import (
 )
 from graft.engine.train import StepReport, Trainer
 from graft.recipe.sections import Recipe
-from graft.runtime.trials import fail_trial
+from graft.runtime.trials import Loss, fail_trial
 
 if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
@@ -109,8 +109,7 @@ class Pack:
         """Trials in training beside which the next one had no room; 0 where it was not tried."""
         self._seats: dict[int, _Seat] = {}
         self._changed = threading.Condition()
-        self._broken: str | None = None
-        self._needed_bytes: int | None = None
+        self._loss: Loss | None = None
         self._closed = False
         self._last_step_s = 0.0
         self._thread = threading.Thread(target=self._loop, name="pack", daemon=True)
@@ -148,8 +147,8 @@ class Pack:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
-                if self._broken is not None:
-                    raise TrainingError(self._broken)
+                if self._loss is not None:
+                    raise TrainingError(self._loss.words)
                 seat = self._seats.get(number)
                 if seat is None:
                     raise TrainingError(f"trial {number} has no seat in the pack; it has left")
@@ -178,9 +177,9 @@ class Pack:
         with self._changed:
             return {n: s.state for n, s in self._seats.items() if not s.leaves}
 
-    def needed_bytes(self) -> int | None:
-        """Device memory that the pack asked for when it ran out; None where it did not."""
-        return self._needed_bytes
+    def loss(self) -> Loss | None:
+        """Why the pack broke, and for whom; None where it did not."""
+        return self._loss
 
     def close(self) -> None:
         """Ends the loop after its current step and takes all slots off the base."""
@@ -204,8 +203,11 @@ class Pack:
         except Exception as error:
             _log.exception("the pack broke")
             with self._changed:
-                self._needed_bytes = exhausted_bytes(error)
-                self._broken = f"the pack broke: {type(error).__name__}: {error}"
+                self._loss = Loss(
+                    f"the pack broke: {type(error).__name__}: {error}",
+                    exhausted_bytes(error),
+                    tuple(int(name) for name in self._trainer.slots),
+                )
                 self._changed.notify_all()
 
     def _remove_leavers(self) -> None:

@@ -13,6 +13,7 @@ from graft.recipe.sections import Recipe
 if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits
     from graft.engine.run import LoadedRun
+    from graft.runtime.trials import Loss
 
 
 class PackActor:
@@ -75,9 +76,9 @@ class PackActor:
         """Trials in the pack and what they do; answers even while a step runs."""
         return self._pack.seated()
 
-    def needed_bytes(self) -> int | None:
-        """Device memory that the pack asked for when it ran out; None where it did not."""
-        return self._pack.needed_bytes()
+    def loss(self) -> Loss | None:
+        """Why the pack broke; see `Pack.loss`."""
+        return self._pack.loss()
 
     def _run_of(self, recipe: Recipe) -> LoadedRun:
         from graft.engine.run import start_digest

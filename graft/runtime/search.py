@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,11 @@ from graft.runtime.pack_actor import start_pack
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.placement import ON_HEAD, capacity, worker_needs
 from graft.runtime.scheduler import StudyScheduler
-from graft.runtime.searcher import Loss, StudySearcher, TrialQueue, metrics_of
+from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
 from graft.runtime.tracking import WandbTracker
-from graft.runtime.trials import ENDED
+from graft.runtime.trials import ENDED, Loss
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits, MemoryCap
@@ -37,6 +38,7 @@ EVENTS_FILE = "events.jsonl"
 
 _MAX_VAIN_ROUNDS = 3
 _PACK_ANSWERS_WITHIN_S = 120.0
+_NO_WORDS = "their processes end without a word"
 
 
 class Search:
@@ -79,23 +81,14 @@ class Search:
         prepare_ops((recipe.scale for recipe in self._space.examples()), self._watch.progress)
         if queue.num_resumed:
             self._watch.say("resume", trials=queue.num_resumed)
-        vain_rounds = 0
-        while (executor := queue.turn_of()) is not None:
-            ended = num_ended(self._study)
+
+        def turn(executor: Executor) -> Loss | None:
             with self._watch:
                 if executor == "packed":
-                    self._packed_turn(queue, memory.limits)
-                else:
-                    self._dedicated_turn(queue)
-            vain_rounds = 0 if num_ended(self._study) > ended else vain_rounds + 1
-            if vain_rounds == _MAX_VAIN_ROUNDS:
-                raise TrainingError(
-                    f"the {executor} trials of study {self._study.folder.name!r} were lost "
-                    f"{vain_rounds} times in a row: their process dies, most often for lack of "
-                    "memory; try a smaller search.pack_slots or train.micro_batch_tokens. The same "
-                    "command goes on from the checkpoints"
-                )
-            queue.refill()
+                    return self._packed_turn(queue, memory.limits)
+                return self._dedicated_turn(queue)
+
+        take_turns(queue, turn)
 
     def _memory_cap(self) -> MemoryCap:
         from graft.engine.memory.cap import MemoryCap
@@ -106,7 +99,7 @@ class Search:
         limits = find_limits(example, self._session)._replace(factor=self._study.memory_factor)
         return MemoryCap(ModelShape.of(find_config(example.model, self._home)), limits)
 
-    def _packed_turn(self, queue: TrialQueue, limits: Limits) -> None:
+    def _packed_turn(self, queue: TrialQueue, limits: Limits) -> Loss | None:
         slots = self._section.pack_slots
         name = f"graft-pack-{uuid.uuid4().hex[:8]}"
         pack = start_pack(
@@ -120,7 +113,7 @@ class Search:
         )
         try:
             ray.get(pack.seated.remote())  # what is wrong with the model is said once, here
-            self._fit(
+            return self._fit(
                 tune.with_resources(PackedTrial, ON_HEAD),
                 StudySearcher(queue, "packed", on_lost=lambda: _loss_of(pack)),
                 concurrent=slots,
@@ -130,12 +123,12 @@ class Search:
         finally:
             ray.kill(pack)
 
-    def _dedicated_turn(self, queue: TrialQueue) -> None:
+    def _dedicated_turn(self, queue: TrialQueue) -> Loss | None:
         needs = worker_needs(self._space.example())
         workers = max(recipe.scale.max_workers for recipe in self._space.examples())
         concurrent = max(1, capacity(needs.resources) // workers)
         cpus = ray.cluster_resources().get("CPU", 1.0)
-        self._fit(
+        return self._fit(
             tune.with_resources(DedicatedTrial, ON_HEAD),
             StudySearcher(queue, "dedicated"),
             concurrent=concurrent,
@@ -154,8 +147,8 @@ class Search:
         concurrent: int,
         config: dict[str, Any],
         callbacks: list[Any],
-    ) -> None:
-        """Runs one Tuner to the end of its turn."""
+    ) -> Loss | None:
+        """Runs one Tuner to the end of its turn, or until its runner is lost."""
         kind = searcher.executor
         tuner = tune.Tuner(
             trainable,
@@ -182,6 +175,7 @@ class Search:
         tuner.fit()
         # Tune's own record of the turn is read by nobody, and grows with every trial.
         shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
+        return searcher.loss
 
     def _scheduler(self) -> Any:
         section = self._section.scheduler
@@ -189,6 +183,30 @@ class Search:
             return None
         ended = [self._study.trial_folder(t.number) for t in self._study.trials if t.state in ENDED]
         return StudyScheduler(section, self._section.objectives, max_steps(self._space), ended)
+
+
+def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> None:
+    """Gives each executor its turns until nothing is left to do.
+
+    Args:
+        queue: Whose trials.
+        turn: Runs an executor's trials; returns why their runner was lost, if it was.
+
+    Raises:
+        TrainingError: Trials are lost again and again.
+    """
+    vain_rounds = 0
+    while (executor := queue.turn_of()) is not None:
+        ended = num_ended(queue.study)
+        loss = turn(executor)
+        vain_rounds = 0 if num_ended(queue.study) > ended else vain_rounds + 1
+        if vain_rounds == _MAX_VAIN_ROUNDS:
+            raise TrainingError(
+                f"the {executor} trials of study {queue.study.folder.name!r} were lost "
+                f"{vain_rounds} times in a row: {loss.words if loss else _NO_WORDS}. The same "
+                "command goes on from the checkpoints"
+            )
+        queue.refill()
 
 
 class TrialWatch(TrialCallback):
@@ -279,12 +297,16 @@ def max_steps(space: RecipeSpace) -> int:
 def _loss_of(pack: Any) -> Loss | None:
     """Says whether a pack is lost, and whether memory was the reason."""
     try:
-        needed = ray.get(pack.needed_bytes.remote(), timeout=_PACK_ANSWERS_WITHIN_S)
-    except ray.exceptions.OutOfMemoryError:
-        return Loss(needed_bytes=0)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-        return Loss(needed_bytes=0 if KILLED in str(error) else None)
-    return None if needed is None else Loss(needed)
+        loss: Loss | None = ray.get(pack.loss.remote(), timeout=_PACK_ANSWERS_WITHIN_S)
+    except ray.exceptions.OutOfMemoryError as error:
+        return Loss(str(error), needed_bytes=0)
+    except ray.exceptions.RayActorError as error:
+        return Loss(
+            f"the pack's process died: {error}", needed_bytes=0 if KILLED in str(error) else None
+        )
+    except ray.exceptions.GetTimeoutError:
+        return Loss(f"the pack has not answered for {_PACK_ANSWERS_WITHIN_S:.0f} s")
+    return loss
 
 
 def _trial_name(trial: Any) -> str:

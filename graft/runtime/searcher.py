@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray.tune.search import Searcher
 
@@ -21,7 +21,7 @@ from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.scheduler import STEP
 from graft.runtime.study import Study
-from graft.runtime.trials import ENDED, Asked, Failure, Sampled, failure_of, forget_failure
+from graft.runtime.trials import ENDED, Asked, Failure, Loss, Sampled, failure_of, forget_failure
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
@@ -68,13 +68,6 @@ class _Feasible:
         if self._memory is not None:
             self._memory.require(recipe)
         return recipe
-
-
-class Loss(NamedTuple):
-    """The process behind running trials is gone or useless."""
-
-    needed_bytes: int | None = None
-    """Device memory that it asked for at least; None where it did not run out of memory."""
 
 
 class TrialQueue:
@@ -130,11 +123,11 @@ class TrialQueue:
             self._waiting[other].append(asked)
         return None
 
-    def learn(self, asked: Asked, needed_bytes: int) -> str:
-        """Corrects the prediction of memory by a trial that ran out; returns that in words."""
+    def learn(self, together: Sequence[Asked], needed_bytes: int) -> str:
+        """Corrects the prediction of memory by trials that ran out; returns that in words."""
         if self.memory is None:
             return f"it asked for at least {format_bytes(needed_bytes)}"
-        words = self.memory.learn(asked.recipe, needed_bytes)
+        words = self.memory.learn([asked.recipe for asked in together], needed_bytes)
         self.study.keep_memory_factor(self.memory.factor)
         return words
 
@@ -175,13 +168,14 @@ class StudySearcher(Searcher):
         self.executor = executor
         self._on_lost = on_lost
         self._trials: dict[str, Asked] = {}
-        self.is_lost = False
-        self._blamed: dict[int, int] = {}
-        """Trial that a runner was lost for → bytes that it needed."""
+        self.loss: Loss | None = None
+        """Of the runner of all trials, which are run again."""
+        self._blamed: dict[int, Failure] = {}
+        """Trial that a runner was lost for → why."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Gives Tune the next trial's number; its recipe is in its folder."""
-        asked = None if self.is_lost else self._queue.next(self.executor)
+        asked = None if self.loss else self._queue.next(self.executor)
         if asked is None:
             return str(Searcher.FINISHED)
         study = self._queue.study
@@ -217,14 +211,10 @@ class StudySearcher(Searcher):
             return
         study, number = self._queue.study, asked.number
         if error:
-            failure = failure_of(study.trial_folder(number))
-            if failure is None and (loss := self._on_lost()) is not None:
-                self.is_lost = True
-                self._blame(asked, loss)
-                if number not in self._blamed:
-                    return
-                failure = Failure(reason="out of memory", needed_bytes=self._blamed[number])
-            study.tell(number, "failed", reason=self._in_words(asked, failure))
+            failure = self._failure(asked)
+            if failure is None:
+                return
+            study.tell(number, "failed", reason=failure.reason)
         else:
             self._end(asked, result)
         drop_needless_checkpoints(study)
@@ -239,20 +229,34 @@ class StudySearcher(Searcher):
         elif result is not None and STEP in result:
             study.tell(number, "stopped")
 
+    def _failure(self, asked: Asked) -> Failure | None:
+        """Says why a trial failed; None where it was lost with its runner, and is run again."""
+        failure = failure_of(self._queue.study.trial_folder(asked.number))
+        if failure is not None:
+            return self._learn(failure, [asked])
+        loss = self._on_lost()
+        if loss is None:
+            return Failure(reason="its runner ended without a word")
+        self.loss = loss
+        self._blame(asked, loss)
+        return self._blamed.get(asked.number)
+
     def _blame(self, asked: Asked, loss: Loss) -> None:
         """Finds the trial that a runner ran out of memory for, once: the one that needs most."""
         if loss.needed_bytes is None or self._blamed:
             return
         running, memory = [asked, *self._trials.values()], self._queue.memory
-        sizes = {a.number: memory.need([a.recipe]) if memory else a.number for a in running}
-        self._blamed[max(sizes, key=lambda number: sizes[number])] = loss.needed_bytes
+        together = [trial for trial in running if trial.number in loss.trials] or running
+        sizes = {a.number: memory.need([a.recipe]) if memory else a.number for a in together}
+        failure = Failure(reason="out of memory", needed_bytes=loss.needed_bytes)
+        self._blamed[max(sizes, key=lambda number: sizes[number])] = self._learn(failure, together)
 
-    def _in_words(self, asked: Asked, failure: Failure | None) -> str:
-        if failure is None:
-            return "its runner ended without a word"
+    def _learn(self, failure: Failure, together: Sequence[Asked]) -> Failure:
+        """Adds what is learned of a failure for lack of memory."""
         if failure.needed_bytes is None:
-            return failure.reason
-        return f"{failure.reason}: {self._queue.learn(asked, failure.needed_bytes)}"
+            return failure
+        words = self._queue.learn(together, failure.needed_bytes)
+        return failure.model_copy(update={"reason": f"{failure.reason}: {words}"})
 
     def _report(self, number: int, result: Mapping[str, Any]) -> None:
         metrics = metrics_of(result)

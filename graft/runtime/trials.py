@@ -74,6 +74,18 @@ class Failure(StrictModel):
     """Device memory that it asked for at least; None where it did not run out of memory."""
 
 
+class Loss(NamedTuple):
+    """The process behind running trials is gone or useless."""
+
+    words: str
+    """Why, as far as it is known."""
+    needed_bytes: int | None = None
+    """Device memory that it asked for at least, 0 where it was killed for the memory of its node;
+    None where it did not run out of memory."""
+    trials: tuple[int, ...] = ()
+    """Those that were in training; none where it is not known."""
+
+
 class Winner(StrictModel):
     """The best trial after the search."""
 

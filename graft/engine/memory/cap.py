@@ -17,6 +17,9 @@ from graft.recipe.sections import Recipe
 _FIXED = ("process", "CUDA context")
 _MARGIN = 1.02
 """A trial that ran out needed more than what it had by then."""
+_PLAUSIBLE = 2.0
+"""Predictions are within 15 %: what was killed on a node of more than so many times its prediction
+has not filled that node by itself."""
 
 
 class Limits(NamedTuple):
@@ -52,10 +55,7 @@ class MemoryCap:
 
     def limit(self, recipe: Recipe) -> int:
         """Returns the bytes that a worker may take on its device."""
-        have = self._limits.device_bytes
-        if self._limits.device == "cpu":
-            have //= self._neighbours(recipe)
-        given = recipe.scale.device_memory
+        have, given = self._share(recipe), recipe.scale.device_memory
         return have if given is None else min(have, parse_bytes(given))
 
     def predict(self, recipe: Recipe, slots: int = 1) -> MemoryEstimate:
@@ -64,9 +64,8 @@ class MemoryCap:
 
     def need(self, recipes: Sequence[Recipe]) -> float:
         """Returns the bytes that runs take together, as slots of one base; corrected."""
-        largest = max(recipes, key=lambda recipe: self.predict(recipe).device_bytes)
-        smaller = sum(self._own(largest) - self._own(recipe) for recipe in recipes)
-        return self._corrected(self.predict(largest, len(recipes))) - self.factor * smaller
+        fixed, predicted = self._together(recipes)
+        return fixed + self.factor * predicted
 
     def fits(self, recipes: Sequence[Recipe]) -> bool:
         """Tells whether runs fit together, as slots of one base."""
@@ -76,7 +75,7 @@ class MemoryCap:
         """Says why a run does not fit, with its largest parts; None where it does."""
         found, limit = self.predict(recipe), self.limit(recipe)
         corrected = f", times {self.factor:.2f} as measured" if self.factor > 1 else ""
-        if self._corrected(found) > limit:
+        if self.need([recipe]) > limit:
             given = recipe.scale.device_memory
             have = "scale.device_memory" if given is not None else "what a worker has"
             return f"it needs {found.in_words()}{corrected}; {have} is {format_bytes(limit)}"
@@ -111,27 +110,43 @@ class MemoryCap:
         if reason := self.refusal(recipe):
             raise ConfigError(f"not enough memory: {reason}")
 
-    def learn(self, recipe: Recipe, needed_bytes: int) -> str:
-        """Corrects later predictions by a run that ran out; returns that in words.
+    def learn(self, recipes: Sequence[Recipe], needed_bytes: int) -> str:
+        """Corrects later predictions by a process that ran out; returns that in words.
 
         Args:
-            recipe: Of that run.
-            needed_bytes: That it asked for at least; 0 where it was killed without a word, after
-                all that it may have was taken.
+            recipes: Of all runs of that process, slots of one base.
+            needed_bytes: That they asked for together at least; 0 where the process was killed
+                because its node had no memory left.
         """
-        needed, found = needed_bytes or self.limit(recipe), self.predict(recipe)
-        fixed, predicted = _fixed(found), found.device_bytes
-        self.factor = max(self.factor, _MARGIN * (needed - fixed) / (predicted - fixed))
-        words = f"it needed at least {format_bytes(needed)}, predicted were "
-        words += format_bytes(predicted)
+        fixed, rest = self._together(recipes)
+        words = f"predicted were {format_bytes(fixed + rest)}"
+        needed = needed_bytes or min(map(self._share, recipes))
+        if not needed_bytes and self._limits.device != "cpu":
+            return "it was killed for the node's memory, which says nothing of its device"
+        if not needed_bytes and needed > _PLAUSIBLE * (fixed + rest):
+            return (
+                f"it was killed for want of memory where it may have {format_bytes(needed)}, "
+                f"{words}: something else holds memory on this node"
+            )
+        who = "it" if len(recipes) == 1 else f"{len(recipes)} trials on one base"
+        words = f"{who} needed at least {format_bytes(needed)}, {words}"
+        self.factor = max(self.factor, _MARGIN * (needed - fixed) / rest)
         if self.factor > 1:
             return f"{words}; predictions are multiplied by {self.factor:.2f} from now on"
         return f"{words}: something else holds memory of this device"
 
-    def _corrected(self, estimate: MemoryEstimate) -> float:
-        """What programs take themselves is no prediction, and is not corrected."""
-        fixed = _fixed(estimate)
-        return fixed + self.factor * (estimate.device_bytes - fixed)
+    def _together(self, recipes: Sequence[Recipe]) -> tuple[int, int]:
+        """Bytes that programs take themselves, and those predicted, of slots of one base."""
+        largest = max(recipes, key=lambda recipe: self.predict(recipe).device_bytes)
+        smaller = sum(self._own(largest) - self._own(recipe) for recipe in recipes)
+        peak = self.predict(largest, len(recipes)).peak
+        rest = peak.total_bytes("device", exclude=_FIXED)
+        return peak.total_bytes("device") - rest, rest - smaller
+
+    def _share(self, recipe: Recipe) -> int:
+        """Bytes that there are for a worker."""
+        have = self._limits.device_bytes
+        return have // self._neighbours(recipe) if self._limits.device == "cpu" else have
 
     def _own(self, recipe: Recipe) -> int:
         """Bytes that a slot has for itself: tensors, gradients, moments."""
@@ -141,8 +156,3 @@ class MemoryCap:
     def _neighbours(self, recipe: Recipe) -> int:
         """Workers of a run on one node."""
         return max(1, math.ceil(recipe.scale.max_workers / self._limits.nodes))
-
-
-def _fixed(estimate: MemoryEstimate) -> int:
-    own = estimate.device_bytes
-    return own - estimate.peak.total_bytes("device", exclude=_FIXED)

@@ -11,7 +11,17 @@ import torch
 from graft.core.sizes import parse_bytes
 
 _TRIED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
-_CPU_WORDS = "can't allocate memory"
+_WORDS = (
+    "can't allocate memory",  # torch on a CPU
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+)
+"""Of errors that are no class of their own."""
 
 
 def exhausted_bytes(error: BaseException) -> int | None:
@@ -22,7 +32,8 @@ def exhausted_bytes(error: BaseException) -> int | None:
     """
     words = str(error)
     is_allocator = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if not is_allocator and not (isinstance(error, RuntimeError) and _CPU_WORDS in words):
+    is_told = isinstance(error, RuntimeError) and any(known in words for known in _WORDS)
+    if not is_allocator and not is_told:
         return None
     match = _TRIED.search(words)
     tried = parse_bytes(match[1]) if match else 0

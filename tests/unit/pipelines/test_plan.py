@@ -165,7 +165,7 @@ def test_a_run_that_ran_out_corrects_later_predictions(
     need, own = found.device_bytes, found.peak.total_bytes("device", exclude=["process"])
     cap = MemoryCap(shape, Limits("cpu", need + own // 2))
     assert cap.refusal(recipe) is None
-    assert "multiplied by 2.04" in cap.learn(recipe, need + own)
+    assert "multiplied by 2.04" in cap.learn([recipe], need + own)
     assert "times 2.04 as measured" in str(cap.refusal(recipe))
     later = MemoryCap(shape, cap.limits)
     assert later.refusal(recipe) == cap.refusal(recipe)

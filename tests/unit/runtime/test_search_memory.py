@@ -22,9 +22,10 @@ from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.pack import Pack
-from graft.runtime.searcher import Loss, StudySearcher, TrialQueue
+from graft.runtime.search import take_turns
+from graft.runtime.searcher import Executor, StudySearcher, TrialQueue
 from graft.runtime.study import Study, open_study
-from graft.runtime.trials import StudyFacts, fail_trial, failure_of
+from graft.runtime.trials import Loss, StudyFacts, fail_trial, failure_of
 
 FACTS = StudyFacts(
     space="space", model="model", data="data", objectives=("eval/loss min",), eval_rows=64
@@ -118,18 +119,75 @@ def test_a_trial_that_ran_out_is_recorded_with_its_measurement_and_corrects_the_
 def test_a_lost_pack_fails_its_largest_trial_alone_and_the_others_come_again(
     study: Study, space: RecipeSpace, cap: MemoryCap
 ) -> None:
-    study.enqueue([{"method/r": 4}, {"method/r": 16}, {"method/r": 8}])
-    queue = TrialQueue(study, space, turn=4, memory=cap)
-    searcher = StudySearcher(queue, "packed", on_lost=lambda: Loss(needed_bytes=0))
+    ranks = (4, 16, 8)
+    study.enqueue([{"method/r": rank} for rank in ranks])
+    roomy = MemoryCap(cap._shape, Limits("cpu", 2**40))
+    together = [space.fix({"method/r": rank}) for rank in ranks]
+    needed = round(1.5 * roomy.need(together))
+    queue = TrialQueue(study, space, turn=4, memory=roomy)
+    searcher = StudySearcher(queue, "packed", on_lost=lambda: Loss("the pack broke", needed))
     for name in "abc":
         searcher.suggest(name)
     for name in "abc":
         searcher.on_trial_complete(name, error=True)
     assert [trial.state for trial in study.trials] == ["running", "failed", "running"]
-    assert "predictions are multiplied by" in str(study.trial(1).reason)
+    assert "3 trials on one base needed at least" in str(study.trial(1).reason)
+    assert roomy.need(together) == pytest.approx(needed, rel=0.05)
     assert searcher.suggest("d") == "FINISHED"
     queue.refill()
     assert queue.num_resumed == 2
+
+
+def test_a_trial_that_waited_for_a_seat_has_no_part_in_what_the_pack_took(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    study.enqueue([{"method/r": 16}, {"method/r": 8}])
+    roomy = MemoryCap(cap._shape, Limits("cpu", 2**40))
+    queue = TrialQueue(study, space, turn=4, memory=roomy)
+    loss = Loss(
+        "the pack broke", round(1.5 * roomy.need([space.fix({"method/r": 8})])), trials=(1,)
+    )
+    searcher = StudySearcher(queue, "packed", on_lost=lambda: loss)
+    for name in "ab":
+        searcher.suggest(name)
+    for name in "ab":
+        searcher.on_trial_complete(name, error=True)
+    assert [trial.state for trial in study.trials] == ["running", "failed"]
+    assert "it needed at least" in str(study.trial(1).reason)
+
+
+def test_a_pack_that_broke_for_another_reason_fails_no_trial_and_says_why(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    study.enqueue([{"method/r": 4}, {"method/r": 8}])
+    queue = TrialQueue(study, space, turn=4, memory=cap)
+    searcher = StudySearcher(queue, "packed", on_lost=lambda: Loss("a reward said no"))
+    for name in "ab":
+        searcher.suggest(name)
+    for name in "ab":
+        searcher.on_trial_complete(name, error=True)
+    assert [trial.state for trial in study.trials] == ["running", "running"]
+    assert searcher.loss is not None
+    assert searcher.loss.words == "a reward said no"
+    assert study.memory_factor == 1.0
+
+
+def test_trials_that_are_lost_again_and_again_end_the_search_with_the_reason(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    queue, rounds = TrialQueue(study, space, turn=4, memory=cap), []
+
+    def turn(executor: Executor) -> Loss | None:
+        searcher = StudySearcher(queue, executor, on_lost=lambda: Loss("the pack broke: KeyError"))
+        searcher.suggest("a")
+        searcher.on_trial_complete("a", error=True)
+        rounds.append(executor)
+        return searcher.loss
+
+    with pytest.raises(TrainingError, match="lost 3 times in a row: the pack broke: KeyError"):
+        take_turns(queue, turn)
+    assert rounds == ["packed"] * 3
+    assert not any(trial.state == "failed" for trial in study.trials)
 
 
 def test_only_the_best_trial_keeps_its_checkpoint(
@@ -156,6 +214,16 @@ class Greedy(LoraMethod):
 
     def after_step(self, *_: Any, **__: Any) -> None:
         torch.empty(2**45, dtype=torch.uint8)
+
+
+class Fragile(LoraMethod):
+    """LoRA that breaks after its first step."""
+
+    type: Literal["fragile"] = "fragile"  # type: ignore[assignment]
+    acts_after_step: ClassVar[bool] = True
+
+    def after_step(self, *_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
 
 
 @pytest.fixture
@@ -201,8 +269,24 @@ def test_a_pack_that_runs_out_of_memory_says_how_much_it_asked_for(
     trial = seated(pack, tmp_path, 0, recipe)
     with pytest.raises(TrainingError, match="the pack broke: RuntimeError"):
         pack.next_report(0, 0)
-    assert pack.needed_bytes() > 2**45
+    loss = pack.loss()
+    assert loss.needed_bytes > 2**45
+    assert loss.trials == (0,)
     assert failure_of(trial) is None, "who is to blame is for the driver, which knows all trials"
+
+
+def test_a_pack_that_breaks_for_another_reason_says_it(
+    pack_of: Any, loaded: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    METHODS.names()
+    monkeypatch.setitem(METHODS._classes, "fragile", Fragile)
+    pack = pack_of()
+    seated(pack, tmp_path, 0, loaded.recipe.model_copy(update={"method": Fragile(r=4)}))
+    with pytest.raises(TrainingError, match="the pack broke: ZeroDivisionError"):
+        pack.next_report(0, 0)
+    loss = pack.loss()
+    assert "ZeroDivisionError" in loss.words
+    assert loss.needed_bytes is None
 
 
 def test_a_trial_waits_until_it_has_room_beside_the_others(

@@ -1,0 +1,84 @@
+"""What fits, and what runs that did not fit have taught."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from graft.engine.memory import ModelShape
+from graft.engine.memory.cap import Limits, MemoryCap
+from graft.engine.memory.exhausted import exhausted_bytes
+from graft.recipe.sections import Recipe
+from graft.testing import tiny_model
+
+ROOM = 2**40
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    base: dict[str, Any] = {
+        "model": {"source": "tiny", "dtype": "fp32"},
+        "data": {"train": "rows.jsonl", "max_length": 64},
+    }
+    return Recipe.model_validate({**base, **sections})
+
+
+def cap_of(limits: Limits) -> MemoryCap:
+    return MemoryCap(ModelShape.of(tiny_model().config), limits)
+
+
+def test_what_slots_needed_together_is_what_they_are_predicted_to_need_from_then_on() -> None:
+    cap = cap_of(Limits("cpu", ROOM))
+    recipes = [recipe_of(method={"type": "lora", "r": rank}) for rank in (2, 8, 32, 4)]
+    needed = round(1.3 * cap.need(recipes))
+    words = cap.learn(recipes, needed)
+    assert "4 trials on one base needed at least" in words
+    assert cap.need(recipes) == pytest.approx(needed, rel=0.05)
+    assert cap.need(recipes) >= needed
+
+
+def test_a_process_killed_on_a_cpu_has_reached_its_limit_where_that_is_plausible() -> None:
+    recipe = recipe_of()
+    need = cap_of(Limits("cpu", ROOM)).need([recipe])
+    cap = cap_of(Limits("cpu", round(1.1 * need)))
+    assert "predictions are multiplied by" in cap.learn([recipe], 0)
+    assert cap.need([recipe]) > 1.1 * need
+    cap = cap_of(Limits("cpu", round(3 * need)))
+    assert "something else holds memory on this node" in cap.learn([recipe], 0)
+    assert cap.factor == 1.0
+
+
+def test_a_cap_of_the_recipe_is_not_what_a_killed_process_had_reached() -> None:
+    recipe = recipe_of()
+    need = cap_of(Limits("cpu", ROOM)).need([recipe])
+    capped = recipe_of(scale={"device_memory": f"{round(1.5 * need)}B"})
+    cap = cap_of(Limits("cpu", ROOM))
+    assert "something else" in cap.learn([capped], 0)
+    assert cap.factor == 1.0
+
+
+def test_a_process_killed_for_its_hosts_memory_says_nothing_of_its_gpu() -> None:
+    cap = cap_of(Limits("cuda", 10**10, 10**11))
+    assert "says nothing of its device" in cap.learn([recipe_of()], 0)
+    assert cap.factor == 1.0
+    assert "multiplied by" in cap.learn([recipe_of()], 10**11)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.",
+    ],
+)
+def test_every_way_of_running_out_of_memory_is_known(words: str) -> None:
+    assert exhausted_bytes(RuntimeError(words)) is not None
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    assert exhausted_bytes(RuntimeError("CUDA error: device-side assert triggered")) is None
+    assert exhausted_bytes(ValueError("CUDA error: out of memory")) is None
+    assert exhausted_bytes(torch.OutOfMemoryError("Tried to allocate 2.00 GiB")) is not None
