@@ -25,7 +25,7 @@ from graft.pipelines.compare_process import RunUnit, UnitCrashError
 from graft.pipelines.compare_rows import done_row
 from graft.pipelines.compare_unit import UnitSpec
 from graft.report.comparison_facts import BaseFacts, MethodFacts, PointFacts, SeedFacts
-from graft.runtime.trials import ENDED, StudyFacts, TrialRecord, trial_digest
+from graft.runtime.trials import StudyFacts, TrialRecord, trial_digest
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
@@ -101,7 +101,7 @@ class Race:
             study.enqueue([contestant.start()])
             self._search(contestant, study)
             best = study.best()
-            points = [_point(trial) for trial in study.trials if trial.state in ENDED]
+            points = [_point(trial) for trial in study.trials if trial.has_ended]
         searched = contestant.space.fix(best.params)
         first = searched.train.seed + 1
         seeds = [
@@ -200,7 +200,7 @@ def steps_done(folder: Path, contestant: Contestant, steps: int) -> int:
         return 0
     sections = contestant.space.sections()
     trials = read_study(own, sections.search).trials
-    ended = sum(trial.state in ENDED for trial in trials)
+    ended = sum(trial.has_ended for trial in trials)
     return ended * sections.compare.search_steps + len(list(own.glob("seed-*.json"))) * steps
 
 

@@ -164,7 +164,7 @@ def _kind(space: RecipeSpace, choices: dict[str, Any]) -> _Kind:
     labels = {name: str(value) for name, value in choices.items()}
     try:
         recipe = space.sample(lambda name, known: choices.get(name, middle(known)))
-        executor = executor_of(recipe)
+        executor = executor_of(recipe, space.example())
     except ConfigError as error:
         refused = PlannedBranch(choices=labels, method="", executor="refused", reason=str(error))
         return _Kind(choices, refused, None)

@@ -95,7 +95,7 @@ def find_target(
         each = parse_bytes(host_memory) if host_memory is not None else host
     except ValueError as error:
         raise ConfigError(f"--host-memory: {error}") from error
-    limits = Limits("cuda", hardware.gpu.memory_bytes, each, nodes=hardware.count)
+    limits = Limits("cuda", hardware.gpu.memory_bytes, each, node_workers=1)
     speed = gpu_speed(hardware.gpu.name, hardware.gpu.flops)
     return Target(str(hardware), limits, hardware.count, speed)
 

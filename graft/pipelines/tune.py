@@ -12,7 +12,7 @@ from graft.core.files import require_writable, sha256_json, write_atomic
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.recipe.mixture import mixture_facts
-from graft.runtime.trials import ENDED, StudyFacts, TrialRecord, Winner
+from graft.runtime.trials import StudyFacts, TrialRecord, Winner
 
 if TYPE_CHECKING:
     from graft.recipe.space import RecipeSpace
@@ -28,7 +28,7 @@ class TuneResult(StrictModel):
     folder: str
     """Holds the journal, `events.jsonl` and `trials/<number>/`."""
     trials: Listed[TrialRecord]
-    """Without the points that turned out to be impossible."""
+    """Without the points that were impossible before they were run."""
     searched: Listed[str]
     """Metrics that were searched for."""
     best: TrialRecord
@@ -39,6 +39,7 @@ class TuneResult(StrictModel):
     metrics: dict[str, MetricValue]
     """Of that adapter, over all held-out rows."""
     num_infeasible: int
+    """Those points."""
     num_run: int
     """Trials that this call ended; the others had ended before."""
     seconds: float
@@ -127,13 +128,13 @@ def tune(
         return TuneResult(
             study=sections.name,
             folder=str(folder),
-            trials=tuple(t for t in study.trials if t.state not in ("infeasible", "waiting")),
+            trials=tuple(t for t in study.trials if t.uses_budget),
             searched=tuple(o.metric for o in sections.search.objectives),
             best=study.trial(winner.number),
             front=tuple(t.number for t in study.front()),
             artifact=winner.artifact,
             metrics=winner.metrics,
-            num_infeasible=sum(t.state == "infeasible" for t in study.trials),
+            num_infeasible=sum(t.state == "infeasible" and not t.uses_budget for t in study.trials),
             num_run=_num_ended(study) - ended,
             seconds=time.monotonic() - started,
         )
@@ -194,7 +195,7 @@ def _search(
 
 
 def _num_ended(study: Study) -> int:
-    return sum(t.state in ENDED for t in study.trials)
+    return sum(t.has_ended for t in study.trials)
 
 
 def _settle(study: Study, space: RecipeSpace, *, home: Path, progress: Progress) -> Winner:

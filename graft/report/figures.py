@@ -65,7 +65,11 @@ def learning_curves(report: StudyReport) -> list[tuple[str, str]]:
 def trade_offs(report: StudyReport) -> list[tuple[str, str]]:
     """Returns (heading, SVG) of quality against adapter size and against training time."""
     objective = report.objectives[0]
-    shown = [t for t in report.trials if objective.metric in t.metrics and t.state != "failed"]
+    shown = [
+        t
+        for t in report.trials
+        if objective.metric in t.metrics and t.state not in ("failed", "infeasible")
+    ]
     charts = []
     if shown and all(trial.adapter_bytes for trial in shown):
         charts.append(

@@ -12,6 +12,7 @@ from graft.core.progress import QUIET, Progress
 from graft.engine.backends.nvme import require_nvme
 from graft.engine.backends.ops import build_ops, is_built, ops_of
 from graft.models import resolve_model
+from graft.runtime.placement import node_places, worker_resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,9 +70,11 @@ def find_limits(recipe: Recipe, session: RaySession) -> Limits:
     told = {"": _own_memory()} if session.is_local else on_every_node(_own_memory)
     hosts = [memory.host_bytes for memory in told.values()]
     gpus = [memory.gpu_bytes for memory in told.values() if memory.gpu_bytes]
-    if recipe.model.device != "cpu" and session.num_gpus > 0 and gpus:
-        return Limits("cuda", min(gpus), min(hosts), nodes=len(gpus))
-    return Limits("cpu", min(hosts), nodes=len(hosts))
+    uses_gpu = recipe.model.device != "cpu" and session.num_gpus > 0 and bool(gpus)
+    held = max(node_places(worker_resources(uses_gpu=uses_gpu)), default=0)
+    if uses_gpu:
+        return Limits("cuda", min(gpus), min(hosts), node_workers=max(1, held))
+    return Limits("cpu", min(hosts), node_workers=max(1, held))
 
 
 class _NodeMemory(NamedTuple):

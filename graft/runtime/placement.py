@@ -73,15 +73,15 @@ def worker_resources(*, uses_gpu: bool) -> dict[str, float]:
     return {"CPU": _CPUS_PER_WORKER} | ({"GPU": 1.0} if uses_gpu else {})
 
 
-def capacity(resources: dict[str, float]) -> int:
-    """Counts the workers of some resources that the nodes could hold if they held nothing else."""
+def node_places(resources: dict[str, float]) -> list[int]:
+    """Counts the workers of some resources that each node could hold if it held nothing else."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(
+    return [
         min(int(node.get(name, 0.0) // amount) for name, amount in resources.items())
         for node in nodes
-    )
+    ]
 
 
 class Places:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +22,17 @@ from graft.runtime.memory import KILLED
 from graft.runtime.nodes import find_limits, prepare_ops
 from graft.runtime.pack_actor import start_pack
 from graft.runtime.packed import PackedTrial, SeatCallback
-from graft.runtime.placement import ON_HEAD, capacity, worker_needs
+from graft.runtime.placement import ON_HEAD, node_places, worker_needs
 from graft.runtime.scheduler import StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
 from graft.runtime.tracking import WandbTracker
-from graft.runtime.trials import ENDED, Loss
+from graft.runtime.trials import Loss
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits, MemoryCap
+    from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
 
 EVENTS_FILE = "events.jsonl"
@@ -77,7 +78,13 @@ class Search:
             TrainingError: Trials are lost again and again: their processes die.
         """
         memory = self._memory_cap()
-        queue = TrialQueue(self._study, self._space, turn=self._section.pack_slots, memory=memory)
+        queue = TrialQueue(
+            self._study,
+            self._space,
+            turn=self._section.pack_slots,
+            memory=memory,
+            admit=worker_needs,
+        )
         prepare_ops((recipe.scale for recipe in self._space.examples()), self._watch.progress)
         if queue.num_resumed:
             self._watch.say("resume", trials=queue.num_resumed)
@@ -86,7 +93,7 @@ class Search:
             with self._watch:
                 if executor == "packed":
                     return self._packed_turn(queue, memory.limits)
-                return self._dedicated_turn(queue)
+                return self._dedicated_turn(queue, memory)
 
         take_turns(queue, turn)
 
@@ -123,10 +130,11 @@ class Search:
         finally:
             ray.kill(pack)
 
-    def _dedicated_turn(self, queue: TrialQueue) -> Loss | None:
-        needs = worker_needs(self._space.example())
-        workers = max(recipe.scale.max_workers for recipe in self._space.examples())
-        concurrent = max(1, capacity(needs.resources) // workers)
+    def _dedicated_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
+        recipes = queue.recipes_for("dedicated")
+        places = node_places(worker_needs(recipes[0]).resources)
+        workers = max(recipe.scale.max_workers for recipe in recipes)
+        concurrent = num_concurrent(recipes, memory, places)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         return self._fit(
             tune.with_resources(DedicatedTrial, ON_HEAD),
@@ -181,7 +189,7 @@ class Search:
         section = self._section.scheduler
         if section.type == "none":
             return None
-        ended = [self._study.trial_folder(t.number) for t in self._study.trials if t.state in ENDED]
+        ended = [self._study.trial_folder(t.number) for t in self._study.trials if t.has_ended]
         return StudyScheduler(section, self._section.objectives, max_steps(self._space), ended)
 
 
@@ -207,6 +215,19 @@ def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> No
                 "command goes on from the checkpoints"
             )
         queue.refill()
+
+
+def num_concurrent(recipes: Sequence[Recipe], memory: MemoryCap, places: Sequence[int]) -> int:
+    """Counts the dedicated trials that run beside each other.
+
+    Args:
+        recipes: That they may have.
+        memory: What the machines have.
+        places: Workers that each node could hold by its other resources.
+    """
+    room = memory.node_room(recipes)
+    held = sum(min(room, of_node) for of_node in places)
+    return max(1, int(held // max(recipe.scale.max_workers for recipe in recipes)))
 
 
 class TrialWatch(TrialCallback):
@@ -265,8 +286,8 @@ class TrialWatch(TrialCallback):
         self.say("end", trial=number, state=record.state, steps=record.steps, reason=record.reason)
         if number in self._bars:
             self._bars.pop(number)[0].close()
-        if record.state == "failed":
-            self.progress.note(f"trial {number} failed: {record.reason}")
+        if record.state in ("failed", "infeasible"):
+            self.progress.note(f"trial {number} {record.state}: {record.reason}")
         if self._whole is not None and record.state != "running":
             self._whole.advance(1, **self._best_so_far())
 
@@ -281,7 +302,7 @@ class TrialWatch(TrialCallback):
 
 def num_ended(study: Study) -> int:
     """Counts the trials that need no more work."""
-    return sum(t.state in ENDED for t in study.trials)
+    return sum(t.has_ended for t in study.trials)
 
 
 def max_steps(space: RecipeSpace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,28 +22,37 @@ from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.scheduler import STEP
 from graft.runtime.study import Study
-from graft.runtime.trials import ENDED, Asked, Failure, Loss, Sampled, failure_of, forget_failure
+from graft.runtime.trials import Asked, Failure, Loss, failure_of, forget_failure
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
+    from graft.recipe.space import RecipeSpace
 
 _MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/")
 
 Executor = Literal["packed", "dedicated"]
 
 
-def executor_of(recipe: Recipe) -> Executor:
+def executor_of(recipe: Recipe, base: Recipe) -> Executor:
     """Says where a trial runs.
+
+    Args:
+        recipe: Of the trial.
+        base: The space's example, which packs load their base by.
 
     Raises:
         ConfigError: `search.executor` is `packed` and this recipe cannot be.
     """
-    scale = recipe.scale
+    scale, of_pack = recipe.scale, base.scale.gradient_checkpointing
     obstacles = [
         (not type(recipe.method).packable, f"method {recipe.method.type} has no packed form"),
         (scale.max_workers > 1, f"scale.workers is {scale.max_workers}"),
         (scale.zero_stage > 0, f"scale.zero_stage is {scale.zero_stage}"),
         (scale.backend == "deepspeed", "scale.backend is deepspeed"),
+        (
+            scale.gradient_checkpointing != of_pack,
+            f"scale.gradient_checkpointing is not {of_pack}, as it is for the layers of the pack",
+        ),
     ]
     reasons = [words for is_so, words in obstacles if is_so]
     if recipe.search.executor == "dedicated" or (reasons and recipe.search.executor == "auto"):
@@ -58,16 +68,34 @@ def executor_of(recipe: Recipe) -> Executor:
 class _Feasible:
     """A space whose recipes have an executor and fit; others are refused like impossible points."""
 
-    def __init__(self, space: Sampled, memory: MemoryCap | None) -> None:
+    def __init__(
+        self, space: RecipeSpace, memory: MemoryCap | None, admit: Callable[[Recipe], object]
+    ) -> None:
         self._space = space
         self._memory = memory
+        self._admit = admit
 
     def sample(self, suggest: Any) -> Recipe:
         recipe = self._space.sample(suggest)
-        executor_of(recipe)
+        self._require(recipe)
+        return recipe
+
+    def examples(self) -> list[Recipe]:
+        found = []
+        for recipe in self._space.examples():
+            with suppress(ConfigError):
+                self._require(recipe)
+                found.append(recipe)
+        return found
+
+    def executor_of(self, recipe: Recipe) -> Executor:
+        return executor_of(recipe, self._space.example())
+
+    def _require(self, recipe: Recipe) -> None:
+        self.executor_of(recipe)
+        self._admit(recipe)
         if self._memory is not None:
             self._memory.require(recipe)
-        return recipe
 
 
 class TrialQueue:
@@ -78,14 +106,21 @@ class TrialQueue:
         space: Is sampled.
         turn: So many trials of the other executor may wait before it gets its turn.
         memory: What a device may be given; None is not looked at.
+        admit: Raises a `ConfigError` where the cluster is too small for a recipe.
     """
 
     def __init__(
-        self, study: Study, space: Sampled, *, turn: int, memory: MemoryCap | None = None
+        self,
+        study: Study,
+        space: RecipeSpace,
+        *,
+        turn: int,
+        memory: MemoryCap | None = None,
+        admit: Callable[[Recipe], object] = lambda recipe: None,
     ) -> None:
         self.study = study
         self.memory = memory
-        self._space = _Feasible(space, memory)
+        self._space = _Feasible(space, memory, admit)
         self._turn = turn
         self._waiting: dict[Executor, deque[Asked]] = {"packed": deque(), "dedicated": deque()}
         self._is_exhausted = False
@@ -97,13 +132,13 @@ class TrialQueue:
         for queue in self._waiting.values():
             queue.clear()
         for asked in self.study.unfinished(self._space):
-            self._waiting[executor_of(asked.recipe)].append(asked)
+            self._waiting[self._space.executor_of(asked.recipe)].append(asked)
         self.num_resumed = sum(len(queue) for queue in self._waiting.values())
 
     def turn_of(self) -> Executor | None:
         """Returns the executor whose turn it is, or None where nothing is left to do."""
         if not any(self._waiting.values()) and (asked := self._ask()) is not None:
-            self._waiting[executor_of(asked.recipe)].append(asked)
+            self._waiting[self._space.executor_of(asked.recipe)].append(asked)
         longest = max(self._waiting, key=lambda executor: len(self._waiting[executor]))
         return longest if self._waiting[longest] else None
 
@@ -118,10 +153,16 @@ class TrialQueue:
             asked = self._ask()
             if asked is None:
                 return None
-            if executor_of(asked.recipe) == executor:
+            if self._space.executor_of(asked.recipe) == executor:
                 return asked
             self._waiting[other].append(asked)
         return None
+
+    def recipes_for(self, executor: Executor) -> list[Recipe]:
+        """Returns what an executor may be given: the trials in line for it and the examples."""
+        waiting = [asked.recipe for asked in self._waiting[executor]]
+        examples = self._space.examples()
+        return waiting + [r for r in examples if self._space.executor_of(r) == executor]
 
     def learn(self, together: Sequence[Asked], needed_bytes: int) -> str:
         """Corrects the prediction of memory by trials that ran out; returns that in words."""
@@ -154,7 +195,7 @@ class StudySearcher(Searcher):
         executor: Whose trials.
         on_lost: Asked when a trial ended without a reason of its own; says whether its runner is
             lost, in which case the trial is not told anything and will be run again. Where it ran
-            out of memory, the trial that needs most of it has failed.
+            out of memory, the trial that needs most of it turns out to be infeasible.
     """
 
     def __init__(
@@ -201,7 +242,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells the study the truth: complete, stopped, failed, or nothing at all.
+        """Tells the study the truth: complete, stopped, failed, infeasible, or nothing at all.
 
         A trial that was interrupted from outside is told nothing; it is still running and will be
         taken up by the next driver.
@@ -214,7 +255,10 @@ class StudySearcher(Searcher):
             failure = self._failure(asked)
             if failure is None:
                 return
-            study.tell(number, "failed", reason=failure.reason)
+            if failure.needed_bytes is None:
+                study.tell(number, "failed", reason=failure.reason)
+            else:
+                study.refuse(number, failure.reason)
         else:
             self._end(asked, result)
         drop_needless_checkpoints(study)
@@ -285,7 +329,7 @@ def drop_needless_checkpoints(study: Study) -> None:
     """Removes the state of trials that have ended and are not the best: nobody goes on from it."""
     kept = {trial.number for trial in study.front()}
     for trial in study.trials:
-        if trial.state in ENDED and trial.number not in kept:
+        if trial.has_ended and trial.number not in kept:
             shutil.rmtree(study.trial_folder(trial.number) / CHECKPOINTS, ignore_errors=True)
 
 

@@ -23,7 +23,6 @@ from graft.core.seeds import derive_seed
 from graft.core.spaces import Float, Int, Space
 from graft.runtime.journal import repair_journal
 from graft.runtime.trials import (
-    ENDED,
     Asked,
     Outcome,
     Sampled,
@@ -72,8 +71,7 @@ class Study:
     @property
     def num_remaining(self) -> int:
         """Trials that the budget still allows to ask for."""
-        counted = ("running", *ENDED)
-        return self.section.trials - sum(t.state in counted for t in self.trials)
+        return self.section.trials - sum(t.uses_budget for t in self.trials)
 
     @property
     def winner(self) -> Winner | None:
@@ -183,7 +181,7 @@ class Study:
             self._live[number].set_user_attr(name, value)
 
     def refuse(self, number: int, reason: str) -> None:
-        """Takes a proposed trial back that nobody has started: it turns out to be impossible."""
+        """Ends a trial that turns out to be impossible, before it was run or when it ran out."""
         self._refuse(self._live.pop(number), reason)
 
     def tell(self, number: int, outcome: Outcome, *, reason: str | None = None) -> None:
@@ -274,9 +272,7 @@ class Study:
 
     def _is_repeated(self, trial: optuna.trial.Trial) -> bool:
         return any(
-            t.number != trial.number
-            and t.state not in ("infeasible", "waiting")
-            and t.params == trial.params
+            t.number != trial.number and t.uses_budget and t.params == trial.params
             for t in self.trials
         )
 

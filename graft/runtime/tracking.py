@@ -96,7 +96,7 @@ class WandbTracker(TrialCallback):
         if (run := self._runs.pop(number, None)) is not None:
             record = self._study.trial(number)
             run.summary["state"] = record.state
-            run.finish(exit_code=int(record.state == "failed"))
+            run.finish(exit_code=int(record.state in ("failed", "infeasible")))
 
 
 def log_in(section: TrackSection) -> None:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 TrialState = Literal["waiting", "running", "complete", "stopped", "failed", "infeasible"]
 Outcome = Literal["complete", "stopped", "failed"]
 
-ENDED = ("complete", "stopped", "failed")
-"""States of a trial that was run and needs no more work."""
-
 _FAILURE_FILE = "failure.json"
 
 
@@ -64,6 +61,17 @@ class TrialRecord(StrictModel):
     reason: str | None = None
     """Why it failed or cannot be."""
     recipe_digest: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """It was run and needs no more work; one that ran out of memory turned out infeasible."""
+        was_run = self.state != "infeasible" or self.executor is not None
+        return was_run and self.state not in ("waiting", "running")
+
+    @property
+    def uses_budget(self) -> bool:
+        """It was run, or is going to be."""
+        return self.state == "running" or self.has_ended
 
 
 class Failure(StrictModel):

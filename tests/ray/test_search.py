@@ -189,3 +189,25 @@ def test_a_broken_trial_is_told_failed_with_its_reason(
     assert [t.state for t in result.trials] == ["failed", "complete"]
     assert "not finite" in str(result.trials[0].reason)
     assert result.best.number == 1
+
+
+def test_more_workers_than_the_cluster_has_are_never_launched(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        model_folder,
+        data_folder,
+        method={"type": "lora"},
+        train={"steps": 4, "batch_size": 4, "report_every": 4},
+        scale={"workers": {"choice": [4, 1]}},
+        search={
+            "trials": 1,
+            "points": [{"scale.workers": 4}, {"scale.workers": 1}],
+            "eval_rows": 8,
+        },
+    )
+    result = tune(load_recipe(recipe), home=tmp_path / "home")
+    (trial,) = result.trials
+    assert (trial.state, trial.params["scale/workers"]) == ("complete", 1)
+    assert result.num_infeasible == 1

@@ -30,7 +30,9 @@ class Limits(NamedTuple):
     """Of a GPU; on CPUs, of a whole node, which its workers share."""
     host_bytes: int | None = None
     """Of a node with GPUs; None is not known, and not looked at."""
-    nodes: int = 1
+    node_workers: int | None = None
+    """Workers that a node can hold: Ray Train fills one before it takes the next, so that many of
+    a run share its memory. None is all of a run."""
     factor: float = 1.0
     """What predictions are multiplied by, as runs that ran out have taught."""
 
@@ -70,6 +72,15 @@ class MemoryCap:
     def fits(self, recipes: Sequence[Recipe]) -> bool:
         """Tells whether runs fit together, as slots of one base."""
         return self.need(recipes) <= min(self.limit(recipe) for recipe in recipes)
+
+    def node_room(self, recipes: Sequence[Recipe]) -> float:
+        """Counts the workers of runs, whichever these are, that a node has memory for."""
+        limits = self._limits
+        if limits.device == "cpu":
+            return limits.device_bytes // max(self.need([recipe]) for recipe in recipes)
+        if limits.host_bytes is None:
+            return math.inf
+        return limits.host_bytes // max(self.predict(recipe).host_bytes for recipe in recipes)
 
     def refusal(self, recipe: Recipe) -> str | None:
         """Says why a run does not fit, with its largest parts; None where it does."""
@@ -155,4 +166,4 @@ class MemoryCap:
 
     def _neighbours(self, recipe: Recipe) -> int:
         """Workers of a run on one node."""
-        return max(1, math.ceil(recipe.scale.max_workers / self._limits.nodes))
+        return min(recipe.scale.max_workers, self._limits.node_workers or recipe.scale.max_workers)

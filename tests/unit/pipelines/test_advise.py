@@ -49,7 +49,7 @@ def shape_of(name: str) -> ModelShape:
 
 def cap_of(name: str, gpu: str, host_bytes: int) -> tuple[MemoryCap, int]:
     hardware = parse_hardware(gpu)
-    limits = Limits("cuda", hardware.gpu.memory_bytes, host_bytes, nodes=hardware.count)
+    limits = Limits("cuda", hardware.gpu.memory_bytes, host_bytes, node_workers=1)
     return MemoryCap(shape_of(name), limits), hardware.count
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 
-from graft.core.errors import TrainingError
+from graft.core.errors import ConfigError, TrainingError
 from graft.data.mixture import prepare_parts
 from graft.engine.memory.cap import Limits, MemoryCap
 from graft.engine.memory.shape import ModelShape
@@ -22,8 +22,8 @@ from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.pack import Pack
-from graft.runtime.search import take_turns
-from graft.runtime.searcher import Executor, StudySearcher, TrialQueue
+from graft.runtime.search import num_concurrent, num_ended, take_turns
+from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, executor_of
 from graft.runtime.study import Study, open_study
 from graft.runtime.trials import Loss, StudyFacts, fail_trial, failure_of
 
@@ -106,7 +106,7 @@ def test_a_trial_that_ran_out_is_recorded_with_its_measurement_and_corrects_the_
     fail_trial(Path(first["folder"]), "out of memory", needed_bytes=needed)
     searcher.on_trial_complete("a", error=True)
     record = study.trial(first["trial"])
-    assert record.state == "failed"
+    assert record.state == "infeasible"
     assert "out of memory: it needed at least" in str(record.reason)
     assert study.memory_factor == pytest.approx(1.53)
     report(searcher, "b", 4, 1.0)
@@ -130,7 +130,7 @@ def test_a_lost_pack_fails_its_largest_trial_alone_and_the_others_come_again(
         searcher.suggest(name)
     for name in "abc":
         searcher.on_trial_complete(name, error=True)
-    assert [trial.state for trial in study.trials] == ["running", "failed", "running"]
+    assert [trial.state for trial in study.trials] == ["running", "infeasible", "running"]
     assert "3 trials on one base needed at least" in str(study.trial(1).reason)
     assert roomy.need(together) == pytest.approx(needed, rel=0.05)
     assert searcher.suggest("d") == "FINISHED"
@@ -152,7 +152,7 @@ def test_a_trial_that_waited_for_a_seat_has_no_part_in_what_the_pack_took(
         searcher.suggest(name)
     for name in "ab":
         searcher.on_trial_complete(name, error=True)
-    assert [trial.state for trial in study.trials] == ["running", "failed"]
+    assert [trial.state for trial in study.trials] == ["running", "infeasible"]
     assert "it needed at least" in str(study.trial(1).reason)
 
 
@@ -190,6 +190,24 @@ def test_trials_that_are_lost_again_and_again_end_the_search_with_the_reason(
     assert not any(trial.state == "failed" for trial in study.trials)
 
 
+def test_a_trial_that_ran_out_has_used_its_share_of_the_budget_and_keeps_no_checkpoint(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    study.enqueue([{"method/r": 24}, {"method/r": 8}])
+    searcher = StudySearcher(TrialQueue(study, space, turn=4, memory=cap), "packed")
+    config = searcher.suggest("a")
+    assert isinstance(config, dict)
+    (Path(config["folder"]) / CHECKPOINTS).mkdir()
+    fail_trial(Path(config["folder"]), "out of memory", needed_bytes=1)
+    searcher.on_trial_complete("a", error=True)
+    refused, ran_out = study.trial(0), study.trial(1)
+    assert (refused.state, ran_out.state) == ("infeasible", "infeasible")
+    assert (refused.has_ended, ran_out.has_ended) == (False, True)
+    assert num_ended(study) == 1
+    assert study.num_remaining == study.section.trials - 1
+    assert not (Path(config["folder"]) / CHECKPOINTS).exists()
+
+
 def test_only_the_best_trial_keeps_its_checkpoint(
     study: Study, space: RecipeSpace, cap: MemoryCap
 ) -> None:
@@ -204,6 +222,62 @@ def test_only_the_best_trial_keeps_its_checkpoint(
         report(searcher, str(number), steps, loss)
     assert [folder.exists() for folder in folders] == [False, True, False, False]
     assert study.best().number == numbers[1]
+
+
+def scaled(space: RecipeSpace, folder: Path, **scale: Any) -> RecipeSpace:
+    path = folder / "scaled.yaml"
+    path.write_text(to_yaml({**space.content(), "scale": scale}))
+    return load_recipe(path)
+
+
+def test_more_workers_than_the_cluster_has_are_an_impossible_point(
+    study: Study, space: RecipeSpace, tmp_path: Path
+) -> None:
+    def admit(recipe: Recipe) -> None:
+        if recipe.scale.min_workers > 1:
+            raise ConfigError("the Ray cluster has 1 CPU")
+
+    space = scaled(space, tmp_path, workers={"choice": [1, 2]})
+    study.enqueue([{"scale/workers": 2}, {"scale/workers": 1}])
+    queue = TrialQueue(study, space, turn=4, admit=admit)
+    asked = queue.next("packed")
+    assert asked is not None
+    assert asked.params["scale/workers"] == 1
+    assert study.trial(0).state == "infeasible"
+    assert "has 1 CPU" in str(study.trial(0).reason)
+    assert queue.recipes_for("dedicated") == []
+
+
+def test_a_trial_that_recomputes_otherwise_than_the_pack_runs_for_itself(
+    study: Study, space: RecipeSpace, tmp_path: Path
+) -> None:
+    space = scaled(space, tmp_path, gradient_checkpointing={"choice": [False, True]})
+    name, base = "scale/gradient_checkpointing", space.example()
+    other = not base.scale.gradient_checkpointing
+    study.enqueue([{name: other}, {name: not other}])
+    queue = TrialQueue(study, space, turn=4)
+    packed, alone = queue.next("packed"), queue.next("dedicated")
+    assert packed is not None
+    assert alone is not None
+    assert packed.params[name] == base.scale.gradient_checkpointing
+    assert alone.params[name] == other
+    search = alone.recipe.search.model_copy(update={"executor": "packed"})
+    with pytest.raises(ConfigError, match=r"scale\.gradient_checkpointing is not"):
+        executor_of(alone.recipe.model_copy(update={"search": search}), base)
+
+
+def test_dedicated_trials_run_beside_each_other_as_far_as_memory_allows(
+    space: RecipeSpace, cap: MemoryCap
+) -> None:
+    recipes = [space.fix({"method/r": rank}) for rank in (2, 16)]
+    need = max(cap.need([recipe]) for recipe in recipes)
+    roomy = MemoryCap(cap._shape, Limits("cpu", int(3.5 * need)))
+    assert num_concurrent(recipes, roomy, [8]) == 3
+    assert num_concurrent(recipes, roomy, [8, 2]) == 5
+    assert num_concurrent(recipes, cap, [8]) == 1
+    on_gpus = MemoryCap(cap._shape, Limits("cuda", 2**40, 2 * 10**9))
+    each = on_gpus.predict(recipes[1]).host_bytes
+    assert num_concurrent(recipes, on_gpus, [8]) == 2 * 10**9 // each < 8
 
 
 class Greedy(LoraMethod):

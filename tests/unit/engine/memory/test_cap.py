@@ -82,3 +82,14 @@ def test_other_errors_are_no_lack_of_memory() -> None:
     assert exhausted_bytes(RuntimeError("CUDA error: device-side assert triggered")) is None
     assert exhausted_bytes(ValueError("CUDA error: out of memory")) is None
     assert exhausted_bytes(torch.OutOfMemoryError("Tried to allocate 2.00 GiB")) is not None
+
+
+def test_workers_of_a_run_fill_a_node_before_they_take_the_next() -> None:
+    recipe = recipe_of(scale={"workers": 4}, train={"batch_size": 4})
+    whole, half = (cap_of(Limits("cpu", ROOM, node_workers=held)) for held in (4, 2))
+    assert whole.limit(recipe) == cap_of(Limits("cpu", ROOM)).limit(recipe) == ROOM // 4
+    assert half.limit(recipe) == ROOM // 2
+    each = cap_of(Limits("cuda", ROOM)).predict(recipe).host_bytes
+    crowded = cap_of(Limits("cuda", ROOM, 3 * each, node_workers=4))
+    assert "its 4 workers on a node" in str(crowded.refusal(recipe))
+    assert cap_of(Limits("cuda", ROOM, 3 * each, node_workers=2)).refusal(recipe) is None
