@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,21 +136,27 @@ def plan_memory(
 def _worst(
     space: RecipeSpace, choices: Mapping[str, Any], cap: MemoryCap
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Starts where all numbers are at their highest, then tries every choice for itself."""
+    """Starts where all numbers are at their highest, then tries every choice and end for itself."""
     best = _sampled(space, choices)
     if best is None:  # only the middle is allowed
         best = _sampled(space, choices, _usual)
     if best is None:
         raise ConfigError("no point of this kind is allowed")
     for name, known in space.holes.items():
-        if name in choices or name in _NO_MEMORY or _is_number(known):
+        if name in choices or name in _NO_MEMORY:
             continue
-        assert isinstance(known, Choice)
-        for value in known.values:
+        for value in _tried(known):
             tried = _sampled(space, {**best[1], name: value})
             if tried and _size(cap, tried[0]) > _size(cap, best[0]):
                 best = tried
     return best
+
+
+def _tried(known: Space) -> Sequence[Any]:
+    """Of numbers both ends: workers and reduction factors take less the higher they are."""
+    if not isinstance(known, Choice):
+        return known.low, known.high
+    return (min(known.values), max(known.values)) if _is_number(known) else known.values
 
 
 def _size(cap: MemoryCap, recipe: Recipe) -> int:

@@ -151,6 +151,7 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
     from graft.engine.run import start_digest
     from graft.models import load_tokenizer, resolve_model
     from graft.pipelines.check import prepare_for_all
+    from graft.recipe.space import describe_space
 
     example, content = space.example(), space.content()
     ready = resolve_model(example.model, home, progress=progress)
@@ -160,6 +161,8 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
     shapes["start"] = start_digest(example, home)
     shapes["space"] = example.search.space
     shapes["holes"] = sorted(space.holes)
+    scales = {n: describe_space(hole) for n, hole in space.holes.items() if n.startswith("scale")}
+    shapes |= {"scale": scales} if scales else {}  # what has no hole may change meanwhile
     shapes |= mixture_facts(example.data)
     return StudyFacts(
         space=sha256_json(shapes),

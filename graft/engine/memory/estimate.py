@@ -82,7 +82,7 @@ class MemoryEstimate(StrictModel):
 
     @property
     def host_bytes(self) -> int:
-        """The most that a worker takes of its host beside the device's memory."""
+        """The most that a worker takes of its host beside the device's memory; on a CPU nothing."""
         return max(moment.total_bytes("host") for moment in self.moments)
 
     @property
@@ -125,7 +125,7 @@ def predict_memory(
     standing = [*standing_parts(recipe, shape, device, slots), *process_parts(device)]
     setting = _setting(recipe, shape, device, min(slots, work.rows))
     highest = [
-        [*standing, *_moving(recipe, shape, _in_lanes(parts, work), slots - setting.slots)]
+        [*standing, *_moving(recipe, shape, device, _in_lanes(parts, work), slots - setting.slots)]
         for parts in _step_peaks(_Keyed(shape), setting, work)
     ]
     moments = [
@@ -207,9 +207,11 @@ def _without_experts(method: Method, shape: ModelShape) -> Method:
     return method.model_copy(update={"target_modules": "all-linear"})
 
 
-def _moving(recipe: Recipe, shape: ModelShape, parts: Parts, elsewhere: int) -> list[MemoryPart]:
+def _moving(
+    recipe: Recipe, shape: ModelShape, device: DeviceType, parts: Parts, elsewhere: int
+) -> list[MemoryPart]:
     """What a step makes, its gradients divided as ZeRO divides them."""
-    gradients = divided_gradients(recipe, shape, parts["gradients"], elsewhere)
+    gradients = divided_gradients(recipe, shape, device, parts["gradients"], elsewhere)
     others = Parts({name: size for name, size in parts.items() if name != "gradients"})
     return [*_on_the_device(others), *gradients]
 

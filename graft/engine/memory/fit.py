@@ -80,7 +80,8 @@ def nearest_that_fit(
         count: At most so many.
     """
     found: list[Alternative] = []
-    for change in _combinations(recipe, devices):
+    offloads = cap.limits.device != "cpu"
+    for change in _combinations(recipe, devices, offloads=offloads):
         if any(known.changes.items() <= change.settings.items() for known in found):
             continue
         changed = apply(recipe, change.settings)
@@ -120,14 +121,14 @@ def _fits(recipe: Recipe, cap: MemoryCap) -> bool:
         return False
 
 
-def _combinations(recipe: Recipe, devices: int) -> list[_Change]:
+def _combinations(recipe: Recipe, devices: int, *, offloads: bool) -> list[_Change]:
     """All combinations of one change from each axis, the cheapest first."""
     axes = [
         list(axis)
         for axis in (
             _methods(recipe),
             _quantizations(recipe),
-            _shardings(recipe, devices),
+            _shardings(recipe, devices, offloads=offloads),
             _checkpointings(recipe),
             _batches(recipe),
         )
@@ -156,13 +157,14 @@ def _quantizations(recipe: Recipe) -> Iterator[_Change]:
         yield _QUANTIZATIONS[0]
 
 
-def _shardings(recipe: Recipe, devices: int) -> Iterator[_Change]:
+def _shardings(recipe: Recipe, devices: int, *, offloads: bool) -> Iterator[_Change]:
+    """ZeRO, and what it moves from a device to its host, which a CPU itself is."""
     yield _NOTHING
     workers = max(devices, recipe.scale.max_workers)
     if workers > recipe.train.batch_size:
         workers = recipe.train.batch_size
     more = {} if workers == recipe.scale.max_workers else {"scale.workers": workers}
-    for change in (*(_ZERO if workers > 1 else ()), *_OFFLOAD):
+    for change in (*(_ZERO if workers > 1 else ()), *(_OFFLOAD if offloads else ())):
         if change.settings["scale.zero_stage"] >= recipe.scale.zero_stage:
             yield _Change({**more, **change.settings}, change.price)
 

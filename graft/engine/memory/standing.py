@@ -103,12 +103,14 @@ def number_bytes(recipe: Recipe) -> int:
 
 
 class _Parts:
-    """Parts in the making."""
+    """Parts in the making; a CPU's device is the host itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: DeviceType) -> None:
         self.parts: list[MemoryPart] = []
+        self._host: Place = "device" if device == "cpu" else "host"
 
     def add(self, name: str, place: Place, size: float) -> None:
+        place = self._host if place == "host" else place
         self.parts.append(MemoryPart(name=name, place=place, size_bytes=math.ceil(size)))
 
 
@@ -116,7 +118,7 @@ def standing_parts(
     recipe: Recipe, shape: ModelShape, device: DeviceType, slots: int
 ) -> list[MemoryPart]:
     """Returns weights, adapter, optimizer and the buffers of ZeRO, of one worker."""
-    found = _Parts()
+    found = _Parts(device)
     size, each = size_of(recipe, shape), number_bytes(recipe)
     base = shape.weight_bytes(recipe.model)
     is_whole = isinstance(recipe.method, WholeMethod)
@@ -183,17 +185,18 @@ def _add_zero(
 
 
 def divided_gradients(
-    recipe: Recipe, shape: ModelShape, counted: int, slots_elsewhere: int
+    recipe: Recipe, shape: ModelShape, device: DeviceType, counted: int, slots_elsewhere: int
 ) -> list[MemoryPart]:
     """Returns gradients of one worker.
 
     Args:
         recipe: Complete.
         shape: Of its base.
+        device: What it runs on.
         counted: Bytes that a dry run counted, undivided.
         slots_elsewhere: Slots in other micro-batches of the step, whose gradients stand too.
     """
-    found = _Parts()
+    found = _Parts(device)
     whole = number_bytes(recipe) * size_of(recipe, shape).trained
     if recipe.scale.zero_stage < 2:
         found.add("gradients", "device", counted + slots_elsewhere * whole)
@@ -205,10 +208,10 @@ def divided_gradients(
 
 def checkpoint_copies(recipe: Recipe, shape: ModelShape, device: DeviceType) -> list[MemoryPart]:
     """Returns the copies of weights and moments that a checkpoint is written from, on the host."""
-    found = _Parts()
+    found = _Parts(device)
     size = size_of(recipe, shape)
     copied = number_bytes(recipe) * (3 * size.trained + size.frozen)
-    found.add("checkpoint copies", "device" if device == "cpu" else "host", copied)
+    found.add("checkpoint copies", "host", copied)
     return found.parts
 
 
@@ -218,16 +221,13 @@ def loading_parts(recipe: Recipe, shape: ModelShape, device: DeviceType) -> list
     Files are mapped into memory. Where the base is of their dtype, weights on a CPU are those very
     pages; else both are there for a while, though the system may take back the file's.
     """
-    found = _Parts()
+    found = _Parts(device)
     base = shape.weight_bytes(recipe.model)
     found.add("weights", "device", base.weights)
     found.add("quantization constants", "device", base.constants)
-    if device == "cuda":
-        found.add("mapped files", "host", shape.file_bytes)
-    elif not _is_as_in_files(recipe, shape):
-        found.add("mapped files", "device", shape.file_bytes)
-    else:
-        found.add("mapped files", "device", _packed_in_files(recipe, shape))
+    is_own = device == "cpu" and _is_as_in_files(recipe, shape)
+    mapped = _packed_in_files(recipe, shape) if is_own else shape.file_bytes
+    found.add("mapped files", "host", mapped)
     return found.parts
 
 
@@ -249,10 +249,8 @@ def _packed_in_files(recipe: Recipe, shape: ModelShape) -> int:
 
 def process_parts(device: DeviceType) -> list[MemoryPart]:
     """Returns what programs and libraries take themselves, without which nothing runs."""
-    found = _Parts()
+    found = _Parts(device)
     if device == "cuda":
         found.add("CUDA context", "device", _CUDA_CONTEXT + _CUBLAS_WORKSPACE)
-        found.add("process", "host", _PROCESS)
-    else:
-        found.add("process", "device", _PROCESS)
+    found.add("process", "host", _PROCESS)
     return found.parts

@@ -115,6 +115,17 @@ def test_what_a_study_stands_on_has_the_mixture_in_it(recipe_file: Path, tmp_pat
     assert facts("data.sources.2.objective.beta=0.3") != facts()
 
 
+def test_a_study_stands_on_the_choices_of_scale_and_not_on_its_fixed_settings(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    def facts(*overrides: str) -> str:
+        return study_facts(load_recipe(recipe_file, overrides), home=tmp_path / "home").space
+
+    few, more = (f"scale.zero_stage={{choice: {stages}}}" for stages in ([0, 1], [0, 1, 2]))
+    assert facts(few) != facts(more)
+    assert facts(few) == facts(few, "scale.threads=1")
+
+
 def test_the_check_shows_the_counts_of_each_source(recipe_file: Path, tmp_path: Path) -> None:
     report = check(load_recipe(recipe_file), home=tmp_path / "home")
     assert list(report.data.parts) == ["commands", "rooms", "taste"]

@@ -86,8 +86,9 @@ def test_what_does_not_fit_names_combinations_that_do(
     shape = ModelShape.of(model_folder)
     method = {"type": "full"}
     space = space_of(tmp_path, model_folder, data_folder, method=method)
-    need = predict_memory(space.default(), shape, "cpu").device_bytes
-    cap = f"{need - 200_000}B"
+    worst = space.fix({"train/batch_size": 6, "train/lr": 1e-3})
+    most = predict_memory(worst, shape, "cpu").device_bytes - 100_000
+    cap = f"{most}B"
     tight = space_of(
         tmp_path, model_folder, data_folder, method=method, scale={"device_memory": cap}
     )
@@ -95,11 +96,11 @@ def test_what_does_not_fit_names_combinations_that_do(
     assert branch.memory is not None
     assert "scale.device_memory" in branch.memory.reason
     assert branch.memory.alternatives
-    worst = tight.sample(lambda name, known: {"train/batch_size": 6, "train/lr": 1e-3}[name])
     for changes in branch.memory.alternatives:
         changed = apply(worst, changes)
         assert changed is not None
-        assert predict_memory(changed, shape, "cpu").device_bytes <= need - 200_000
+        assert predict_memory(changed, shape, "cpu").device_bytes <= most
+        assert not any(name.startswith("scale.offload") for name in changes), "a CPU is the host"
 
 
 def test_a_recipe_over_its_cap_is_refused_before_anything_loads(
@@ -186,3 +187,21 @@ def test_slots_of_one_base_need_less_than_runs_for_themselves(
     together = cap.need([small, large])
     assert cap.need([large]) < together < cap.need([large, large])
     assert together < cap.need([small]) + cap.need([large])
+
+
+def test_the_worst_point_is_found_where_less_is_more(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    space = space_of(
+        tmp_path,
+        model_folder,
+        data_folder,
+        method={"type": "full"},
+        train={"steps": 2, "batch_size": 4},
+        scale={"workers": {"int": [1, 4]}, "zero_stage": 2},
+    )
+    (branch,) = plan(space, home=tmp_path, gpu="4x L4").branches
+    assert branch.memory is not None
+    assert branch.memory.at == {"scale/workers": "1"}
+    alone = predict_memory(space.fix({"scale/workers": 1}), ModelShape.of(model_folder), "cuda")
+    assert branch.memory.device_bytes == alone.device_bytes

@@ -93,3 +93,18 @@ def test_workers_of_a_run_fill_a_node_before_they_take_the_next() -> None:
     crowded = cap_of(Limits("cuda", ROOM, 3 * each, node_workers=4))
     assert "its 4 workers on a node" in str(crowded.refusal(recipe))
     assert cap_of(Limits("cuda", ROOM, 3 * each, node_workers=2)).refusal(recipe) is None
+
+
+@pytest.mark.parametrize("parameters", ["none", "cpu"])
+def test_what_is_offloaded_to_the_host_stays_in_the_memory_of_a_cpu(parameters: str) -> None:
+    def scaled(optimizer: str, parameters: str) -> Recipe:
+        offload = {"optimizer": optimizer, "parameters": parameters}
+        return recipe_of(method={"type": "full"}, scale={"zero_stage": 3, "offload": offload})
+
+    plain, offloaded = scaled("none", "none"), scaled("cpu", parameters)
+    on_cpu, on_gpu = cap_of(Limits("cpu", ROOM)), cap_of(Limits("cuda", ROOM))
+    assert on_cpu.predict(offloaded).device_bytes >= on_cpu.predict(plain).device_bytes
+    assert on_gpu.predict(offloaded).device_bytes < on_gpu.predict(plain).device_bytes
+    assert on_cpu.predict(offloaded).host_bytes == 0
+    tight = cap_of(Limits("cpu", on_cpu.predict(plain).device_bytes // 2))
+    assert tight.surely_exceeds(plain) == tight.surely_exceeds(offloaded)
