@@ -48,7 +48,7 @@ def require_nvme(path: Path, needed_bytes: int, *, mounts: Path = _MOUNTS) -> No
             f"{_FIELD}: {path} is on a network disk ({kind}), which a step would wait for; name a "
             "folder on a disk of the node itself, or use cpu"
         )
-    require_writable(path, "what is swapped out")
+    require_writable(path, "what is swapped out", option=_FIELD)
     free = shutil.disk_usage(path).free
     if free < needed_bytes:
         raise ConfigError(

@@ -65,6 +65,11 @@ def test_a_full_disk_is_refused_with_both_sizes(tmp_path: Path, mounts: Path) ->
         require_nvme(fast, 10**15, mounts=mounts)
 
 
+def test_a_folder_that_nobody_may_write_is_refused_by_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"choose another folder with scale\.offload\.nvme_path"):
+        require_nvme(Path("/proc"), 0, mounts=tmp_path / "no table")
+
+
 class Owner:
     pass
 
