@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -71,7 +71,7 @@ class RewardModels:
             AdapterError: No such adapter, no reward model, or one of another base.
             ModelError: A folder that is no sequence classifier of one output.
         """
-        for source in (*rewarding_sources(recipe), *_sources(recipe.eval.metrics)):
+        for source in _all_sources(recipe):
             if source not in self._judges:
                 self._judges[source], self._names[source] = self._loaded(source, recipe)
 
@@ -114,42 +114,14 @@ class RewardModels:
         return self._judges[source]
 
     def _loaded(self, source: str, recipe: Recipe) -> tuple[_Judge, str]:
-        from graft.artifacts import Store
-
-        folder = Path(source).expanduser()
-        if (folder / _MODEL_FILE).is_file() and not (folder / _ADAPTER_FILE).is_file():
-            return _Classifier.load(folder, recipe), str(folder.absolute())
-        stored = Store(self._home).resolve(source, allow_folder=True)
-        if stored.record.purpose != "scores":
-            raise AdapterError(
-                f"reward model {source!r} is an adapter that answers (objective "
-                f"{stored.record.recipe.get('objective', {}).get('type', 'unknown')}); train one "
-                "that scores with objective: reward"
-            )
-        name = stored.digest or str(stored.path.absolute())
-        if stored.record.kind == "full":
-            return _Classifier.load(stored.path, recipe), name
-        return self._adapter(source, stored.path, stored.record.base_digest, recipe), name
-
-    def _adapter(
-        self, source: str, folder: Path, base_digest: str | None, recipe: Recipe
-    ) -> _SlotJudge:
         from graft.compressors.folder import load_adapter
-        from graft.methods.whole import WholeMethod
 
-        if base_digest not in (None, self._ready.digest):
-            raise AdapterError(
-                f"reward model {source!r} is an adapter of another base; train it on "
-                f"{self._ready.source}, or with method full, which makes a model of its own"
-            )
-        if isinstance(recipe.method, WholeMethod):
-            raise AdapterError(
-                f"reward model {source!r} is an adapter of the base that method "
-                f"{recipe.method.type} trains itself; train it with method full, which makes a "
-                "model of its own, or train with lora"
-            )
-        name = f"reward-model-{len(self._judges)}"
-        return _SlotJudge(self._model, self._template, name, load_adapter(folder))
+        found = _find(source, recipe, self._ready, self._home)
+        if found.is_model:
+            return _Classifier.load(found.folder, recipe), found.name
+        slot = f"reward-model-{len(self._judges)}"
+        adapter = load_adapter(found.folder)
+        return _SlotJudge(self._model, self._template, slot, adapter), found.name
 
 
 @dataclass
@@ -233,6 +205,57 @@ def answer_outcomes(
         )
         for prompt, answer, scores in zip(asked, answers, told, strict=True)
     ]
+
+
+class _Found(NamedTuple):
+    folder: Path
+    name: str
+    """Its digest, or its folder."""
+    is_model: bool
+    """A model of its own, no adapter of the base."""
+
+
+def require_reward_models(recipe: Recipe, ready: ReadyModel, home: Path) -> None:
+    """Finds what a recipe names, and loads nothing.
+
+    Raises:
+        AdapterError: No such adapter, no reward model, or one of another base.
+    """
+    for source in _all_sources(recipe):
+        _find(source, recipe, ready, home)
+
+
+def _find(source: str, recipe: Recipe, ready: ReadyModel, home: Path) -> _Found:
+    from graft.artifacts import Store
+    from graft.methods.whole import WholeMethod
+
+    folder = Path(source).expanduser()
+    if (folder / _MODEL_FILE).is_file() and not (folder / _ADAPTER_FILE).is_file():
+        return _Found(folder, str(folder.absolute()), is_model=True)
+    stored = Store(home).resolve(source, allow_folder=True)
+    if stored.record.purpose != "scores":
+        raise AdapterError(
+            f"reward model {source!r} is an adapter that answers (objective "
+            f"{stored.record.recipe.get('objective', {}).get('type', 'unknown')}); train one "
+            "that scores with objective: reward"
+        )
+    is_model = stored.record.kind == "full"
+    if not is_model and stored.record.base_digest not in (None, ready.digest):
+        raise AdapterError(
+            f"reward model {source!r} is an adapter of another base; train it on "
+            f"{ready.source}, or with method full, which makes a model of its own"
+        )
+    if not is_model and isinstance(recipe.method, WholeMethod):
+        raise AdapterError(
+            f"reward model {source!r} is an adapter of the base that method "
+            f"{recipe.method.type} trains itself; train it with method full, which makes a "
+            "model of its own, or train with lora"
+        )
+    return _Found(stored.path, stored.digest or str(stored.path.absolute()), is_model)
+
+
+def _all_sources(recipe: Recipe) -> list[str]:
+    return [*rewarding_sources(recipe), *_sources(recipe.eval.metrics)]
 
 
 def rewarding_sources(recipe: Recipe) -> list[str]:

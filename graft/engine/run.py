@@ -61,6 +61,38 @@ class TrainResult(StrictModel):
 
 
 @dataclass(frozen=True)
+class PreparedRun:
+    """What a run stands on, checked, before any weight is loaded."""
+
+    recipe: Recipe
+    home: Path
+    ready: ReadyModel
+    template: ChatTemplate
+    prepared: PreparedData
+    start: str | None
+    """Digest of the adapter that `train.init_from` names; None where it has none."""
+
+    def load(self) -> LoadedRun:
+        """Loads base and reward models.
+
+        Raises:
+            GraftError: Of the kind that fits: model or settings.
+        """
+        from graft.engine.memory.free import wait_until_free
+        from graft.engine.reward_models import RewardModels
+        from graft.models import load_model, require_device
+
+        recipe, ready, template = self.recipe, self.ready, self.template
+        wait_until_free(require_device(recipe.model))
+        model = MultiAdapterModel(load_model(ready, recipe.model))
+        if recipe.scale.gradient_checkpointing:
+            recompute_layers(model)
+        judges = RewardModels(model, ready, template, self.home)
+        judges.load(recipe)
+        return LoadedRun(recipe, ready, model, template, self.prepared, judges, self.start)
+
+
+@dataclass(frozen=True)
 class LoadedRun:
     """What a run stands on, loaded."""
 
@@ -75,30 +107,34 @@ class LoadedRun:
     """Digest of the adapter that `train.init_from` names; None where it has none."""
 
 
-def load_run(recipe: Recipe, home: Path) -> LoadedRun:
-    """Loads base, tokenizer and rows.
+def prepare_run(recipe: Recipe, home: Path) -> PreparedRun:
+    """Finds base, tokenizer and rows, and checks what the recipe names; loads no weights.
 
     Raises:
         GraftError: Of the kind that fits: model, data or settings.
     """
     from graft.data.mixture import prepare_parts
     from graft.data.template import ChatTemplate
-    from graft.engine.memory.free import wait_until_free
-    from graft.engine.reward_models import RewardModels
-    from graft.models import load_model, load_tokenizer, require_device, resolve_model
+    from graft.engine.reward_models import require_reward_models
+    from graft.models import load_tokenizer, require_device, resolve_model
 
-    wait_until_free(require_device(recipe.model))
+    require_device(recipe.model)
     ready = resolve_model(recipe.model, home)
     template = ChatTemplate(load_tokenizer(ready))
     prepared = prepare_parts(recipe.parts, template)
     require_measurable(recipe, prepared)
-    model = MultiAdapterModel(load_model(ready, recipe.model))
-    if recipe.scale.gradient_checkpointing:
-        recompute_layers(model)
-    judges = RewardModels(model, ready, template, home)
-    judges.load(recipe)
+    require_reward_models(recipe, ready, home)
     start = start_digest(recipe, home)
-    return LoadedRun(recipe, ready, model, template, prepared, judges, start)
+    return PreparedRun(recipe, home, ready, template, prepared, start)
+
+
+def load_run(recipe: Recipe, home: Path) -> LoadedRun:
+    """Loads base, tokenizer and rows.
+
+    Raises:
+        GraftError: Of the kind that fits: model, data or settings.
+    """
+    return prepare_run(recipe, home).load()
 
 
 def train_run(

@@ -20,7 +20,7 @@ from graft.core.signals import told_to_end
 if TYPE_CHECKING:
     from graft.artifacts import Store
     from graft.engine.multi import AdapterTensors
-    from graft.engine.run import LoadedRun, TrainResult
+    from graft.engine.run import LoadedRun, PreparedRun, TrainResult
     from graft.engine.train import StepReport
     from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
@@ -109,7 +109,7 @@ def train(
         TrainingError: The loss is not finite, or workers were lost.
     """
     from graft.artifacts import Store
-    from graft.engine.run import load_run, read_result, run_facts
+    from graft.engine.run import prepare_run, read_result, run_facts
     from graft.engine.run_folder import read_progress
     from graft.engine.trainable import require_trainable
     from graft.models import pick_device
@@ -121,14 +121,16 @@ def train(
     if not recipe.scale.needs_deepspeed:
         require_trainable(recipe, pick_device(recipe.model))
     require_room(recipe, home, address=address)
-    run = load_run(recipe, home)
-    known = _known(folder, run, store)
+    prepared = prepare_run(recipe, home)
+    known = _known(folder, prepared, store)
     if known is not None:
         progress.note(f"{recipe.name!r} is trained already; change its recipe or name for another")
         return known
     if recipe.scale.needs_deepspeed:
         _train_on_workers(recipe, folder, home=home, progress=progress, address=address)
+        run = prepared.load()  # not before: this process's device may be a worker's too
     else:
+        run = prepared.load()
         _train_here(run, folder, home=home, progress=progress)
     kept = read_progress(folder, run_facts(run))
     if kept is None:
@@ -167,7 +169,7 @@ def _folder(recipe: Recipe, home: Path) -> Path:
     return home / "runs" / recipe.name
 
 
-def _known(folder: Path, run: LoadedRun, store: Store) -> TrainedAdapter | None:
+def _known(folder: Path, run: PreparedRun, store: Store) -> TrainedAdapter | None:
     """Returns the result of the same recipe on the same data, if it is still in the store.
 
     Raises:

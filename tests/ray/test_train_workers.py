@@ -1,3 +1,5 @@
+import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -5,9 +7,12 @@ from typing import Any
 import pytest
 
 from graft.core.errors import ConfigError, DataError
+from graft.core.progress import Progress, Task
+from graft.engine.multi import MultiAdapterModel
 from graft.engine.run import load_run, read_result, train_run
 from graft.engine.run_folder import read_reports
-from graft.recipe import Recipe
+from graft.pipelines.train import train
+from graft.recipe import Recipe, load_recipe
 from graft.runtime.session import ray_session
 from graft.runtime.train_workers import train_on_workers
 
@@ -82,6 +87,42 @@ def test_a_disk_that_is_not_there_is_refused_before_workers_start(
     with pytest.raises(ConfigError, match=r"node .*nvme_path: there is no folder .*away; make it"):
         train_on_workers(recipe, home=tmp_path, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class CountsBases(Progress):
+    """Counts the bases that this process holds at every report of a training."""
+
+    def __init__(self) -> None:
+        self.counted: list[int] = []
+
+    def task(self, label: str, total: float | None = None, unit: str = "step") -> Task:
+        counted = self.counted
+
+        class Counting(Task):
+            def advance(self, amount: float = 1, **fields: float | str) -> None:
+                if label.startswith("training"):
+                    counted.append(num_bases())
+
+        return Counting()
+
+
+def num_bases() -> int:
+    gc.collect()
+    return sum(type(known) is MultiAdapterModel for known in gc.get_objects())
+
+
+@pytest.mark.slow
+def test_the_driver_holds_no_base_while_its_workers_train(
+    tmp_path: Path, model_folder: Path, data_folder: Path, ray_cpus: int
+) -> None:
+    recipe = recipe_for(model_folder, data_folder)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
+    before, progress = num_bases(), CountsBases()
+    result = train(load_recipe(path), home=tmp_path / "home", progress=progress)
+    assert result.metrics["eval/loss"].rows == 24
+    assert progress.counted
+    assert set(progress.counted) == {before}
 
 
 @pytest.mark.slow

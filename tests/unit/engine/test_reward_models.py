@@ -18,7 +18,7 @@ from graft.data.records import EvalPrompt
 from graft.engine.answer_scores import answer_scores
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.publish import publish_adapter
-from graft.engine.run import evaluate_run, load_run
+from graft.engine.run import evaluate_run, load_run, prepare_run
 from graft.engine.train import Trainer
 from graft.methods.base import HEAD, METHODS
 from graft.metrics.reward_model import RewardModelMetric
@@ -188,6 +188,14 @@ def test_what_is_no_reward_model_is_refused_before_anything_trains(
     space = make_space(place, objective=sampling(named), eval="[loss]", method=method)
     with pytest.raises(GraftError, match=words):
         load_run(space.recipe(), place / "home")
+
+
+def test_what_is_no_reward_model_of_the_base_is_refused_before_weights_are_read(
+    place: Path,
+) -> None:
+    space = make_space(place, objective=sampling("talker"), eval="[loss]")
+    with pytest.raises(AdapterError, match="is an adapter that answers"):
+        prepare_run(space.recipe(), place / "home")
 
 
 def test_an_adapter_of_another_base_and_a_model_without_a_head_are_refused(
