@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from graft.core.errors import AdapterError, TrainingError
 from graft.core.files import require_writable, write_json
 from graft.core.model import StrictModel
@@ -220,8 +222,23 @@ class _Keeper:
         self._is_writer = trainer.backend.world_rank == 0
 
     def find(self) -> Resumed | None:
-        """Finds where the run stands."""
-        return read_progress(self._folder, self._facts)
+        """Finds where the run stands.
+
+        Raises:
+            TrainingError: Workers find different checkpoints.
+        """
+        past = read_progress(self._folder, self._facts)
+        backend = self._trainer.backend
+        steps = torch.zeros(backend.world_size, dtype=torch.int64)
+        steps[backend.world_rank] = past.state.step if past else 0
+        found = backend.all_reduce_sum(steps).tolist()
+        if len(set(found)) > 1:
+            told = ", ".join(f"worker {rank} step {step}" for rank, step in enumerate(found))
+            raise TrainingError(
+                f"the workers find different checkpoints in {self._folder} ({told}): that folder "
+                "must be shared by all nodes; choose one that is with --home (or GRAFT_HOME)"
+            )
+        return past
 
     def open(self, past: Resumed | None) -> None:
         """Readies the folder for what follows."""

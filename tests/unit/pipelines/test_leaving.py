@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from graft.core.errors import ConfigError, TrainingError
 from graft.core.progress import Progress, Task
 from graft.core.signals import told_to_end
+from graft.engine.backends.torch import TorchBackend
 from graft.engine.checkpoint import newest_checkpoint
 from graft.engine.run import load_run, train_run
 from graft.engine.run_folder import CHECKPOINTS, read_reports
@@ -71,6 +73,46 @@ def test_a_run_that_leaves_after_any_step_goes_on_from_that_step_to_the_same_end
     assert reports == expected_reports
     assert [report["steps"] for report in reports] == [3, 6, 7]
     assert all(torch.equal(weights[key], value) for key, value in expected_weights.items())
+
+
+class OneOfTwo(TorchBackend):
+    """A worker that is a thread."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, meet: threading.Barrier, given: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.world_rank, self._meet, self._given = rank, meet, given
+
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        self._given[self.world_rank] = value.clone()
+        self._meet.wait(20)
+        total = self._given[0] + self._given[1]
+        self._meet.wait(20)
+        return total
+
+
+def test_workers_whose_nodes_do_not_share_the_folder_are_refused(
+    space: RecipeSpace, tmp_path: Path
+) -> None:
+    meet, given = threading.Barrier(2), dict[int, torch.Tensor]()
+    folders = [tmp_path / "first", tmp_path / "second"]
+    runs = [load_run(space.recipe(), tmp_path) for _ in folders]
+    assert not train_run(runs[0], folders[0], home=tmp_path, leaves=lambda: True)
+    runs[0].model.remove_slot("adapter")
+
+    def work(rank: int) -> None:
+        backend = OneOfTwo(rank, meet, given)
+        train_run(runs[rank], folders[rank], home=tmp_path, backend=backend)
+
+    with ThreadPoolExecutor(2) as threads:
+        for rank, done in enumerate([threads.submit(work, rank) for rank in (0, 1)]):
+            with pytest.raises(TrainingError) as refused:
+                done.result()
+            words = str(refused.value)
+            assert f"different checkpoints in {folders[rank]}" in words
+            assert "worker 0 step 1, worker 1 step 0" in words
+            assert "must be shared by all nodes" in words
 
 
 class EndsAfter(Progress):
