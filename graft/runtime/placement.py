@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ ON_HEAD = {"node:__internal_head__": 0.0001}
 _CPUS_PER_WORKER = 0.95
 """A little less than a core, so that a Tune trial beside its workers fits on the same machine."""
 _SETTLE_S = 3.0
+_LOOK_EVERY_S = 0.2
 _SAY_AFTER_S = 5.0
 _WAIT_S = 180.0
 _AUTOSCALER_WAIT_S = 900.0
@@ -77,7 +79,10 @@ def node_places(resources: dict[str, float]) -> list[int]:
     """Counts the workers of some resources that each node could hold if it held nothing else."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return _count([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+
+
+def _count(nodes: Iterable[dict[str, float]], resources: dict[str, float]) -> list[int]:
     return [
         min(int(node.get(name, 0.0) // amount) for name, amount in resources.items())
         for node in nodes
@@ -88,18 +93,29 @@ class Places:
     """Places asked of the cluster, each for one worker: what is placed is kept until it is freed.
 
     While they are open the autoscaler, where there is one, sees what is wanted.
+
+    Args:
+        resources: Of each.
+        count: So many.
+        together: All are placed at once or none: of two that each kept a part, neither would ever
+            be whole.
     """
 
-    def __init__(self, resources: dict[str, float], count: int) -> None:
+    def __init__(self, resources: dict[str, float], count: int, *, together: bool = False) -> None:
         from ray.util.placement_group import placement_group
 
-        self._groups: list[Any] = [placement_group([resources]) for _ in range(count)]
+        sizes = [count] if together else [1] * count
+        self._groups: list[Any] = [placement_group([resources] * size) for size in sizes]
 
     def num_placed(self) -> int:
         """Counts the places that there are by now."""
         from ray.util import placement_group_table
 
-        return sum(placement_group_table(group)["state"] == "CREATED" for group in self._groups)
+        return sum(
+            group.bundle_count
+            for group in self._groups
+            if placement_group_table(group)["state"] == "CREATED"
+        )
 
     def free(self) -> None:
         """Gives all places up."""
@@ -110,12 +126,15 @@ class Places:
         self._groups = []
 
 
-def find_room(needs: WorkerNeeds, wait_s: float | None = None) -> int:
+def find_room(
+    needs: WorkerNeeds, wait_s: float | None = None, *, ask: Callable[[], None] = lambda: None
+) -> int:
     """Counts the workers that fit now, up to the largest number; waits for the smallest.
 
     Args:
         needs: Of the run.
         wait_s: At most so long; None waits a few minutes, longer where an autoscaler may add nodes.
+        ask: Called all the while; what it raises ends the waiting.
 
     Raises:
         TrainingError: The smallest number did not fit in time.
@@ -124,26 +143,41 @@ def find_room(needs: WorkerNeeds, wait_s: float | None = None) -> int:
         wait_s = _AUTOSCALER_WAIT_S if _autoscaled() else _WAIT_S
     started = time.monotonic()
     has_said = False
-    places = Places(needs.resources, needs.largest)
+    least = Places(needs.resources, needs.smallest, together=True)
     try:
-        while True:
-            placed, waited_s = places.num_placed(), time.monotonic() - started
-            is_settled = waited_s > _SETTLE_S
-            if placed == needs.largest or (placed >= needs.smallest and is_settled):
-                return placed
+        while not least.num_placed():
+            ask()
+            waited_s = time.monotonic() - started
             if waited_s > wait_s:
-                raise TrainingError(f"{_missing(needs, placed)}; gave up after {waited_s:.0f} s")
+                raise TrainingError(f"{_missing(needs)}; gave up after {waited_s:.0f} s")
             if waited_s > _SAY_AFTER_S and not has_said:
-                _log.warning("%s; waiting up to %.0f s", _missing(needs, placed), wait_s)
+                _log.warning("%s; waiting up to %.0f s", _missing(needs), wait_s)
                 has_said = True
-            time.sleep(0.2)
+            time.sleep(_LOOK_EVERY_S)
+        return needs.smallest + _num_more(needs)
     finally:
-        places.free()
+        least.free()
 
 
-def _missing(needs: WorkerNeeds, placed: int) -> str:
+def _num_more(needs: WorkerNeeds) -> int:
+    """Counts the workers that fit beside the smallest number, which is placed."""
+    most = needs.largest - needs.smallest
+    deadline = time.monotonic() + _SETTLE_S
+    more = Places(needs.resources, most)
+    try:
+        while (placed := more.num_placed()) < most and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+        return placed
+    finally:
+        more.free()
+
+
+def _missing(needs: WorkerNeeds) -> str:
     import ray
+    import ray._private.state
 
+    free_by_node = ray._private.state.available_resources_per_node()
+    placed = sum(_count(free_by_node.values(), needs.resources))
     have, free = ray.cluster_resources(), ray.available_resources()
     told = [
         f"{have.get(name, 0.0):g} {name}s, {max(free.get(name, 0.0), 0.0):.3g} free"

@@ -90,12 +90,22 @@ def train_on_workers(
         eval_rows=eval_rows,
         working_folder=os.getcwd(),
     )
+
+    def raise_if_leaving() -> None:
+        if leaves():
+            raise TrainingError(
+                f"{recipe.name!r} was told to end; step {newest_step(folder / CHECKPOINTS)} is "
+                "kept, and the same command goes on from there"
+            )
+
     num_vain = 0
     while True:
         step = newest_step(folder / CHECKPOINTS)
         try:
-            count = find_room(needs)
+            count = find_room(needs, ask=raise_if_leaving)
+            raise_if_leaving()
             prepare_ops([recipe.scale])  # on nodes that came meanwhile, too
+            raise_if_leaving()
             with _Watch(folder, needs, count, leaves, grow_after_s):
                 if _fit(count, needs.uses_gpu, config, list(callbacks)):
                     return read_result(folder)
@@ -104,12 +114,7 @@ def train_on_workers(
             if num_vain > _MAX_VAIN_RESTARTS:
                 raise
             _log.warning("%s; going on from the newest checkpoint", error)
-        step = newest_step(folder / CHECKPOINTS)
-        if leaves():
-            raise TrainingError(
-                f"{recipe.name!r} was told to end; step {step} is kept, and the same command goes "
-                "on from there"
-            )
+        raise_if_leaving()
 
 
 class _Watch:
@@ -151,10 +156,13 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._is_over.wait(_WATCH_EVERY_S):
-            if self._leaves() or self._has_more_room():
-                self._folder.mkdir(parents=True, exist_ok=True)
-                (self._folder / LEAVE_FILE).touch()
-                return
+            try:
+                if self._leaves() or self._has_more_room():
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    (self._folder / LEAVE_FILE).touch()
+                    return
+            except Exception as error:  # the cluster or the disk may answer the next time
+                _log.warning("cannot tell now whether the workers are to leave: %s", error)
 
     def _has_more_room(self) -> bool:
         if self._places is not None:
