@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from graft.core.spaces import Choice, Space
+from graft.core.spaces import Space
 from graft.recipe.holes import (
     SECTIONS_WITH_HOLES,
     NamedHole,
     Problem,
+    edges,
     fill,
     is_hole,
     locate,
@@ -127,8 +128,7 @@ def _coverage(holes: dict[str, NamedHole]) -> list[tuple[dict[str, Any], NamedHo
         return [({}, None)]
     fillings: list[tuple[dict[str, Any], NamedHole | None]] = []
     for hole in holes.values():
-        space = hole.hole.space
-        values = space.values if isinstance(space, Choice) else (space.low, space.high)
+        values = edges(hole.hole.space)
         fillings += [({**hole.opened_by, hole.name: value}, hole) for value in values]
     return fillings
 

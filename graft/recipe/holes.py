@@ -266,6 +266,11 @@ def middle(space: Space) -> Any:
     return (space.low + space.high) / 2
 
 
+def edges(space: Space) -> tuple[Any, ...]:
+    """Returns a choice's values, or both ends of a range."""
+    return tuple(space.values) if isinstance(space, Choice) else (space.low, space.high)
+
+
 def contains(space: Space, value: Any) -> bool:
     """Tells whether a value lies in a space."""
     if isinstance(space, Choice):

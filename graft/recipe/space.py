@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -27,6 +30,7 @@ from graft.recipe.holes import (
     Problem,
     Suggest,
     contains,
+    edges,
     fill,
     iterate_holes,
     middle,
@@ -39,6 +43,7 @@ from graft.recipe.sections import (
     CompareSection,
     EvalSection,
     Recipe,
+    ScaleSection,
     SearchSection,
     VerifySection,
 )
@@ -185,6 +190,18 @@ class RecipeSpace:
         """
         return self._examples
 
+    def scales(self) -> Iterator[ScaleSection]:
+        """Yields the scale section of every combination of its options, and of ends of its ranges.
+
+        It is judged by itself: what another section refuses beside it is among them.
+        """
+        parsed = {"scale": self._parsed.get("scale", {})}
+        holes = {hole.name: hole.hole.space for hole in iterate_holes(parsed)}
+        for values in itertools.product(*map(edges, holes.values())):
+            raw = _filled(parsed, dict(zip(holes, values, strict=True)))
+            with suppress(ValidationError):
+                yield ScaleSection.model_validate(raw["scale"])
+
     def default(self) -> Recipe:
         """Returns the recipe of first choices and middles of ranges (geometric for `log`).
 
@@ -265,6 +282,10 @@ def describe_space(space: Space) -> str:
     if isinstance(space, Int):
         return f"int [{space.low}, {space.high}]"
     return f"{'log' if space.log else 'uniform'} [{space.low:g}, {space.high:g}]"
+
+
+def _filled(parsed: Any, params: dict[str, Any]) -> dict[str, Any]:
+    return fill(parsed, lambda name, _: params[name])
 
 
 def _of_hole(path: FieldPath) -> FieldPath:

@@ -85,7 +85,7 @@ class Search:
             memory=memory,
             admit=worker_needs,
         )
-        prepare_ops((recipe.scale for recipe in self._space.examples()), self._watch.progress)
+        prepare_ops(self._space.scales(), self._watch.progress)
         if queue.num_resumed:
             self._watch.say("resume", trials=queue.num_resumed)
 
@@ -133,8 +133,9 @@ class Search:
     def _dedicated_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
         recipes = queue.recipes_for("dedicated")
         places = node_places(worker_needs(recipes[0]).resources)
-        workers = max(recipe.scale.max_workers for recipe in recipes)
-        concurrent = num_concurrent(recipes, memory, places)
+        # More than there are is refused when it is proposed.
+        workers = min(sum(places), max(scale.max_workers for scale in self._space.scales()))
+        concurrent = num_concurrent(recipes, memory, places, workers)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         return self._fit(
             tune.with_resources(DedicatedTrial, ON_HEAD),
@@ -217,17 +218,20 @@ def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> No
         queue.refill()
 
 
-def num_concurrent(recipes: Sequence[Recipe], memory: MemoryCap, places: Sequence[int]) -> int:
+def num_concurrent(
+    recipes: Sequence[Recipe], memory: MemoryCap, places: Sequence[int], workers: int
+) -> int:
     """Counts the dedicated trials that run beside each other.
 
     Args:
         recipes: That they may have.
         memory: What the machines have.
         places: Workers that each node could hold by its other resources.
+        workers: Of the largest of them.
     """
     room = memory.node_room(recipes)
     held = sum(min(room, of_node) for of_node in places)
-    return max(1, int(held // max(recipe.scale.max_workers for recipe in recipes)))
+    return max(1, int(held // workers))
 
 
 class TrialWatch(TrialCallback):

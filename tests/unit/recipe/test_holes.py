@@ -10,8 +10,10 @@ import pytest
 
 from graft.core.errors import ConfigError
 from graft.core.spaces import Choice, Float, Int, Space
+from graft.engine.backends.ops import OPS, ops_of
 from graft.methods.lora import LoraMethod
 from graft.recipe import RecipeSpace
+from graft.recipe.sections import ScaleSection
 
 Load = Callable[..., RecipeSpace]
 
@@ -51,6 +53,24 @@ def test_holes_become_spaces_whose_names_carry_their_branch(load: Load) -> None:
         "train/lr": Float(low=1e-5, high=1e-1, log=True),
         "train/steps": Int(low=10, high=20),
     }
+
+
+def test_options_that_only_stand_beside_others_are_among_the_scales(load: Load) -> None:
+    space = load(
+        "train: {batch_size: 4}\n"
+        "scale:\n"
+        "  zero_stage: {choice: [0, 1, 3]}\n"
+        "  offload: {optimizer: {choice: [none, cpu, nvme]}, nvme_path: /fast}\n"
+        "  workers: {int: [1, 3]}\n"
+    )
+    examples = {recipe.scale.offload.optimizer for recipe in space.examples()}
+    assert examples == {"none"}  # the others are refused beside stage 0
+    scales = list(space.scales())
+    assert {op for scale in scales for op in ops_of(scale)} == set(OPS)
+    assert max(scale.max_workers for scale in scales) == 3
+    assert {s.zero_stage for s in scales if s.offload.optimizer == "nvme"} == {3}
+    assert [scale.workers for scale in load("scale: {workers: 2}\n").scales()] == [2]
+    assert next(load("").scales()) == ScaleSection()
 
 
 def test_only_the_holes_of_the_chosen_branch_are_asked_for(load: Load) -> None:

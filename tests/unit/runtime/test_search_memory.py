@@ -272,12 +272,13 @@ def test_dedicated_trials_run_beside_each_other_as_far_as_memory_allows(
     recipes = [space.fix({"method/r": rank}) for rank in (2, 16)]
     need = max(cap.need([recipe]) for recipe in recipes)
     roomy = MemoryCap(cap._shape, Limits("cpu", int(3.5 * need)))
-    assert num_concurrent(recipes, roomy, [8]) == 3
-    assert num_concurrent(recipes, roomy, [8, 2]) == 5
-    assert num_concurrent(recipes, cap, [8]) == 1
+    assert num_concurrent(recipes, roomy, [8], 1) == 3
+    assert num_concurrent(recipes, roomy, [8, 2], 1) == 5
+    assert num_concurrent(recipes, roomy, [8, 2], 2) == 2
+    assert num_concurrent(recipes, cap, [8], 1) == 1
     on_gpus = MemoryCap(cap._shape, Limits("cuda", 2**40, 2 * 10**9))
     each = on_gpus.predict(recipes[1]).host_bytes
-    assert num_concurrent(recipes, on_gpus, [8]) == 2 * 10**9 // each < 8
+    assert num_concurrent(recipes, on_gpus, [8], 1) == 2 * 10**9 // each < 8
 
 
 class Greedy(LoraMethod):
