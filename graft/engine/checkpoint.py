@@ -21,6 +21,7 @@ from graft.core.files import (
     sha256_file,
     write_json,
 )
+from graft.engine.loss_scale import LossScaleState
 from graft.engine.train import SlotState
 from graft.methods.base import by_site
 
@@ -83,6 +84,7 @@ def _write(folder: Path, state: SlotState, facts: dict[str, Any], score: float |
         "format": _FORMAT,
         "step": state.step,
         "score": score,
+        "loss_scale": state.loss_scale,
         "facts": facts,
         "files": {name: sha256_file(folder / name) for name in files},
     }
@@ -181,7 +183,16 @@ def _read(folder: Path) -> tuple[SlotState, dict[str, Any]]:
         optimizer.setdefault(parameter, {})[name] = value
     memory = load_file(folder / _MEMORY)
     rollout = load_file(folder / _ROLLOUT) if _ROLLOUT in manifest["files"] else {}
-    return SlotState(manifest["step"], tensors, optimizer, memory, rollout), manifest["facts"]
+    scale = manifest.get("loss_scale")  # absent from older ones
+    state = SlotState(
+        manifest["step"],
+        tensors,
+        optimizer,
+        memory,
+        rollout,
+        LossScaleState(*scale) if scale else None,
+    )
+    return state, manifest["facts"]
 
 
 def newest_checkpoint(root: Path) -> tuple[SlotState, dict[str, Any]] | None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 _LARGEST = 2.0**24
 _STEPS_TO_GROW = 200
+
+
+class LossScaleState(NamedTuple):
+    """What a loss scale has learned."""
+
+    factor: float
+    good_steps: int
+    """In a row, without an overflow."""
 
 
 class LossScale:
@@ -26,6 +35,15 @@ class LossScale:
         self.is_on = dtype == torch.float16
         self.factor = 2.0**15 if self.is_on else 1.0
         self._good_steps = 0
+
+    @property
+    def state(self) -> LossScaleState:
+        """Where it stands."""
+        return LossScaleState(self.factor, self._good_steps)
+
+    def restore(self, state: LossScaleState) -> None:
+        """Goes back to where it stood."""
+        self.factor, self._good_steps = state
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Divides what arrives at parameters that train."""

@@ -26,7 +26,7 @@ from graft.engine.accumulate import SlotStep, SlotSums, accumulate
 from graft.engine.backends.base import Backend, OptimizerState
 from graft.engine.backends.torch import TorchBackend
 from graft.engine.calibrate import input_moments
-from graft.engine.loss_scale import LossScale
+from graft.engine.loss_scale import LossScale, LossScaleState
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.preparation import Preparation
 from graft.engine.schedule import learning_rate
@@ -87,6 +87,8 @@ class SlotState:
     """What the method itself remembers of its steps."""
     rollout: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sampled answers that are not learned to the end."""
+    loss_scale: LossScaleState | None = None
+    """Of an fp16 base."""
 
 
 @dataclass
@@ -179,6 +181,8 @@ class Trainer:
         if state is not None:
             self.backend.load_optimizer_state(name, state.optimizer)
             self._preparation.restore(name, state.step, state.rollout)
+            if state.loss_scale is not None and not self._jobs:  # neighbours have found theirs
+                self._loss_scale.restore(state.loss_scale)
         self._jobs[name] = _Job(
             recipe.method,
             recipe.train,
@@ -220,6 +224,7 @@ class Trainer:
             self.backend.optimizer_state(name),
             {key: value.detach().cpu().clone() for key, value in job.memory.items()},
             self._preparation.state(name, job.step),
+            self._loss_scale.state if self._loss_scale.is_on else None,
         )
 
     def step(self, names: Collection[str] | None = None) -> dict[str, StepReport]:
@@ -266,10 +271,13 @@ class Trainer:
     def _learn(
         self, active: dict[str, _Job], taken: dict[str, SlotStep], lrs: dict[str, float]
     ) -> tuple[dict[str, SlotSums], dict[str, float]]:
-        """Runs forward, backward and update; again where a scaled gradient has overflowed."""
+        """Runs forward, backward and update; again where a scaled gradient has overflowed.
+
+        A slot that no factor helps is broken itself, and leaves its neighbours the one they need.
+        """
         sums: dict[str, SlotSums] = {}
         norms: dict[str, float] = {}
-        jobs = active
+        jobs, needed = active, self._loss_scale.state
         while True:
             sums |= accumulate(
                 self.model,
@@ -285,8 +293,11 @@ class Trainer:
                 self._after_step,
             )
             jobs = {name: jobs[name] for name in finite if not math.isfinite(norms[name])}
+            if len(jobs) < len(finite):
+                needed = self._loss_scale.state
             if not jobs or not self._loss_scale.lower():
                 break
+        self._loss_scale.restore(needed)
         self._loss_scale.passed()
         return sums, norms
 
