@@ -19,6 +19,7 @@ from graft.core.errors import DataError, GraftError, ServingError
 from graft.core.events import read_events
 from graft.runtime.driftwatch import DriftWatch, MonitorSettings, Renewal, RenewalOutcome
 from graft.runtime.loopstate import JOURNAL, LoopStatus, loop_folder
+from graft.runtime.placement import ON_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class MonitorActor:
             request = self._watch.next_renewal()
         if request is None or self._renewal is None:
             return None
-        task = ray.remote(num_cpus=0)(self._renewal)
+        task = ray.remote(num_cpus=0, resources=ON_HEAD)(self._renewal)
         return task.options(name=f"renewal {request.number} of {request.name}").remote(request)
 
     @staticmethod
@@ -153,7 +154,10 @@ def start_monitor(settings: MonitorSettings, renewal: Renewal | None) -> Any:
         stop_monitor(settings.name)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(MonitorActor)
     handle = actor.options(
-        name=monitor_name(settings.name), namespace=NAMESPACE, lifetime="detached"
+        name=monitor_name(settings.name),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        resources=ON_HEAD,
     ).remote(settings, renewal)
     ray.get(handle.status.remote())
     return handle
