@@ -125,8 +125,9 @@ class TrlGrpo:
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
     """What our `length` metric gives at `MAX_CHARS`."""
-    over = [max(0, len(answer.strip()) - MAX_CHARS) for answer in completions]
-    return [max(0.0, 1.0 - chars / MAX_CHARS) for chars in over]
+    lengths = [len(answer.strip()) for answer in completions]
+    over = [max(0, length - MAX_CHARS) / MAX_CHARS for length in lengths]
+    return [max(0.0, 1.0 - of) if length else 0.0 for length, of in zip(lengths, over, strict=True)]
 
 
 def _trl(
@@ -244,10 +245,11 @@ def recipe_of(
         "data": {"train": str(DATA / file), "format": format_, "max_length": 256},
         "method": {"type": "lora", "r": 16},
         "objective": objective,
-        # Full speed from the first step, so that the losses compared leave ln 2.
         "train": {
             "batch_size": 2 * options.batch_size // contest.answers,
-            "lr": 1e-3,
+            # Where losses are compared they leave ln 2 at once; where answers are sampled they
+            # stay as long on both sides as the start's are.
+            "lr": 1e-3 if contest.has_equal_losses else 1e-7,
             "schedule": "constant",
             "warmup_fraction": 0.0,
         },

@@ -38,9 +38,11 @@ short trainings: overlapping intervals are no order."""
 AGAIN = """## Again
 
 ```sh
-python examples/alignment/run.py --search
+python examples/alignment/run.py
 python docs/alignment_page.py .graft/alignment/alignment.json
-```"""
+```
+
+With `--search` the objectives and their settings are searched together, too."""
 
 
 def page(record: dict[str, Any]) -> str:
