@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from graft.engine.generate import GenerationRequest, GenerationResult
-from graft.engine.generate_lanes import generate
+from graft.engine.generate import GenerationRequest, GenerationResult, generate
 from graft.engine.text_stream import TextStream
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answer_scores import score_outcomes
 from graft.engine.batches import MicroBatch, RoutedRow
-from graft.engine.generate import GenerationRequest
-from graft.engine.generate_lanes import generate
+from graft.engine.generate import GenerationRequest, generate
 from graft.engine.logprobs import supervised_logprobs
 from graft.engine.reading import read_rows_by
 from graft.engine.reward_models import RewardModels, answer_outcomes

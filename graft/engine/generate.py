@@ -7,13 +7,14 @@ cache cell is free and leaves at its last token.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from graft.core.errors import ConfigError
+from graft.core.progress import QUIET, Progress
 from graft.engine.kv_cache import KVCache, require_full_attention
 from graft.engine.multi import Routing
 from graft.engine.sampling import next_tokens
@@ -369,6 +370,31 @@ class Generator:
         if is_full:
             return GenerationEvent(row.request_id, token, text + row.stream.flush(), "length")
         return GenerationEvent(row.request_id, token, text, None)
+
+
+def generate(
+    model: MultiAdapterModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[GenerationRequest],
+    *,
+    max_batch: int,
+    max_length: int,
+    progress: Progress = QUIET,
+) -> list[GenerationResult]:
+    """Answers all requests, in their order.
+
+    Args:
+        model: The base with its slots.
+        tokenizer: Turns tokens into text.
+        requests: Of any slots.
+        max_batch: Requests decoded together.
+        max_length: Longest prompt and answer together, in tokens.
+        progress: Told of every answer.
+    """
+    room = max(1, min(max_batch, len(requests)))
+    generator = Generator(model, tokenizer, max_batch=room, max_length=max_length)
+    with progress.task("generate", len(requests), "answer") as task:
+        return generator.run(requests, task)
 
 
 _Prompt = tuple[str | None, tuple[int, ...]]

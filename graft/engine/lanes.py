@@ -40,22 +40,31 @@ class Lanes(NamedTuple):
     """Padded tokens of one."""
 
 
-def num_lanes(device: torch.device, most: int) -> int:
-    """Returns how many lanes there are for work of `most` parts; a GPU has one."""
+def num_lanes(device: torch.device, most: int, threads: int | None = None) -> int:
+    """Returns how many lanes there are for work of `most` parts; a GPU has one.
+
+    Args:
+        device: Of the base.
+        most: So many parts.
+        threads: Of the process that works; None means this one's.
+    """
     if device.type != "cpu":
         return 1
-    return max(1, min(torch.get_num_threads(), _MAX_LANES, most))
+    return max(1, min(threads or torch.get_num_threads(), _MAX_LANES, most))
 
 
-def divide(num_tokens: int, max_tokens: int, device: torch.device) -> Lanes:
+def divide(
+    num_tokens: int, max_tokens: int, device: torch.device, threads: int | None = None
+) -> Lanes:
     """Divides a step's rows into equal micro-batches for all lanes.
 
     Args:
         num_tokens: Of all rows of the step.
         max_tokens: Padded tokens of all micro-batches that run at once; bounds memory.
         device: Of the base; a GPU has one lane.
+        threads: Of the process that trains; None means this one's.
     """
-    most = num_lanes(device, num_tokens // _MIN_TOKENS)
+    most = num_lanes(device, num_tokens // _MIN_TOKENS, threads)
     if most == 1:
         return Lanes(1, max_tokens)
     padded = 1.05 * num_tokens

@@ -23,8 +23,7 @@ from graft.core.errors import GateRefusedError
 from graft.core.progress import QUIET, Progress
 from graft.data.records import TokenRow
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
-from graft.engine.generate import GenerationRequest
-from graft.engine.generate_lanes import generate
+from graft.engine.generate import GenerationRequest, generate
 from graft.engine.multi import MultiAdapterModel, Routing
 
 if TYPE_CHECKING:

@@ -152,6 +152,8 @@ class AdaloraMethod(LayerMethod):
         """As LoRA's, with E and the scale folded into A."""
         from torch.nn.utils.rnn import pad_sequence
 
+        from graft.methods._low_rank import stacked_factors
+
         scaled = [
             tensors["lora_A"] * (tensors["lora_E"] * method.scale)
             for tensors, method in zip(slots, methods, strict=True)
@@ -159,7 +161,7 @@ class AdaloraMethod(LayerMethod):
         ]
         a_SRI = pad_sequence(scaled, batch_first=True)
         b_SRO = pad_sequence([tensors["lora_B"].T for tensors in slots], batch_first=True)
-        return {"a_SIR": a_SRI.to(dtype).transpose(1, 2), "b_SRO": b_SRO.to(dtype)}
+        return stacked_factors(a_SRI, b_SRO, dtype)
 
     @classmethod
     def delta(

@@ -70,12 +70,13 @@ class DoraMethod(LoraFamily):
         """LoRA's, with the gain `m / |W + s B A|` folded into B, and the gain less 1 for `W x`."""
         import torch
 
+        from graft.methods._low_rank import stacked_factors
+
         a_SRI, b_SRO = cls.padded(slots, methods)
         magnitude_SO = torch.stack([tensors[MAGNITUDE] for tensors in slots])
         gain_SO = magnitude_SO / _norms(a_SRI, b_SRO, layer)
         stacked = {
-            "a_SIR": a_SRI.to(dtype).transpose(1, 2),
-            "b_SRO": (b_SRO * gain_SO[:, None]).to(dtype),
+            **stacked_factors(a_SRI, b_SRO * gain_SO[:, None], dtype),
             "more_SO": (gain_SO - 1).to(dtype),
         }
         bias_O = layer.bias()

@@ -42,8 +42,10 @@ class LoraMethod(LoraFamily):
         layer: FrozenLayer,
     ) -> dict[str, torch.Tensor]:
         """A and B transposed, padded with zeros to the largest rank; the scale is folded into B."""
+        from graft.methods._low_rank import stacked_factors
+
         a_SRI, b_SRO = cls.padded(slots, methods)
-        return {"a_SIR": a_SRI.to(dtype).transpose(1, 2), "b_SRO": b_SRO.to(dtype)}
+        return stacked_factors(a_SRI, b_SRO, dtype)
 
     @classmethod
     def delta(

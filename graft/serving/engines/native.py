@@ -12,8 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graft.core.errors import DataError, ServingError
-from graft.engine.generate import GenerationEvent, GenerationRequest
-from graft.engine.generate_lanes import LaneGenerator
+from graft.engine.generate import GenerationEvent, GenerationRequest, Generator
 from graft.serving.engines._slots import AdapterSlots, UnusableAdapterError
 from graft.serving.messages import Item, Job, Piece, Refused, Started
 
@@ -65,7 +64,7 @@ class NativeEngine:
         self.max_length = min(max_length, template.context_tokens)
         # Fast tokenizers change state while they encode, so each thread has its own.
         tokenizer = copy.deepcopy(template.tokenizer)
-        self._generator = LaneGenerator(
+        self._generator = Generator(
             model, tokenizer, max_batch=max_batch, max_length=self.max_length
         )
         self._slots = AdapterSlots(

@@ -4,16 +4,12 @@ import pytest
 import torch
 
 from graft.engine.evaluate import row_losses
-from graft.engine.generate import GenerationRequest, Generator
-from graft.engine.generate_lanes import LaneGenerator, generate
 from graft.engine.lanes import Lanes, divide, run_in_lanes
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.recompute import recompute_layers
 from graft.engine.train import Trainer
-from graft.methods.lora import LoraMethod
 from graft.methods.mixture import MixtureMethod
 from graft.recipe import Recipe
-from graft.testing import tiny_tokenizer
 from tests.unit.engine.conftest import exact_model, make_recipe, make_rows
 
 CPU = torch.device("cpu")
@@ -100,65 +96,6 @@ def test_a_lane_that_fails_ends_the_step_and_leaves_threads_and_kernels_as_they_
     assert torch.backends.cuda.flash_sdp_enabled() == kernels
     assert list(run_in_lanes([sound, sound], [weight], lanes=2, longest=8)) == [1, 1]
     torch.testing.assert_close(weight.grad, torch.full((3,), 3.0))
-
-
-def test_lanes_give_the_answers_of_one_generator(threads: Any) -> None:
-    model = MultiAdapterModel(exact_model())
-    model.add_slot("a", LoraMethod(r=4, init_lora_weights="orthogonal"), seed=1)
-    requests = [
-        GenerationRequest(
-            row.input_ids[: 3 + at % 5],
-            slot="a" if at % 3 else None,
-            max_new_tokens=12,
-            temperature=0.8 if at % 2 else 0.0,
-            seed=at,
-        )
-        for at, row in enumerate(ROWS)
-    ]
-    answers = []
-    for number in (1, 2, 3):
-        threads(number)
-        answers.append(generate(model, tiny_tokenizer(), requests, max_batch=16, max_length=40))
-        assert torch.get_num_threads() == number
-    assert answers[0] == answers[1] == answers[2]
-    assert generate(model, tiny_tokenizer(), [], max_batch=16, max_length=40) == []
-
-
-def test_requests_come_and_go_in_lanes_as_in_one_generator(threads: Any) -> None:
-    model = MultiAdapterModel(exact_model())
-    model.add_slot("own", LoraMethod(r=2), seed=1)
-    requests = [
-        GenerationRequest([3 + at, 5, 7], slot="own" if at % 2 else None, max_new_tokens=4 + at % 5)
-        for at in range(14)
-    ]
-    alone = Generator(model, tiny_tokenizer(), max_batch=1).run(requests)
-    threads(2)
-    lanes = LaneGenerator(model, tiny_tokenizer(), max_batch=8, max_length=40)
-    ids, tokens, ended = [], dict[int, list[int]](), dict[int, str]()
-
-    def step() -> None:
-        for event in lanes.step():
-            if event.token_id is not None:
-                tokens.setdefault(event.request_id, []).append(event.token_id)
-            if event.finish_reason is not None:
-                ended[event.request_id] = event.finish_reason
-
-    step()  # nothing to do
-    for request in requests:
-        ids.append(lanes.submit(request))
-        step()
-    cancelled = lanes.submit(GenerationRequest([9, 9], max_new_tokens=30))
-    step()
-    lanes.cancel(cancelled)
-    while not lanes.is_idle:
-        step()
-    assert len(set(ids)) == len(ids)
-    assert {number % 2 for number in ids} == {0, 1}  # both lanes had work
-    assert [tokens[number] for number in ids] == [result.token_ids for result in alone]
-    assert ended.pop(cancelled) == "cancelled"
-    assert ended == {
-        number: result.finish_reason for number, result in zip(ids, alone, strict=True)
-    }
 
 
 def test_rows_are_read_in_lanes_as_in_one_pass(threads: Any) -> None:
