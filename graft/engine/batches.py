@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -166,7 +166,7 @@ def micro_batches(
     *,
     shares_prompts: bool = True,
 ) -> list[MicroBatch]:
-    """Splits rows into micro-batches of similar length.
+    """Splits rows into micro-batches of similar length: those that take least time.
 
     Args:
         rows: Of any slots, in any order.
@@ -175,17 +175,9 @@ def micro_batches(
         device: Where the tensors go.
         shares_prompts: Branches share a line with their prompt; else rows are expanded.
     """
-    sized = [(*_size(r.row, shares_prompts=shares_prompts), r) for r in rows]
-    sized.sort(key=lambda s: (-s[1], str(s[2].slot), s[2].position))
-    groups: list[list[RoutedRow]] = []
-    num_lines = longest = 0
-    for lines, length, routed in sized:
-        num_lines += lines
-        if groups and num_lines * longest <= max_tokens:
-            groups[-1].append(routed)
-        else:
-            groups.append([routed])
-            num_lines, longest = lines, length
+    sized = [_Sized(*_size(r.row, shares_prompts=shares_prompts), r) for r in rows]
+    sized.sort(key=lambda s: (-s.length, str(s.routed.slot), s.routed.position))
+    groups = _grouped(sized, max_tokens, _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE))
     return [
         collate(
             sorted(group, key=lambda r: (str(r.slot), r.position)),
@@ -194,6 +186,42 @@ def micro_batches(
         )
         for group in groups
     ]
+
+
+_PASS_TOKENS = {"cpu": 32}
+_PASS_TOKENS_ELSEWHERE = 1024
+"""Padded tokens that take as long as what every pass takes by itself, forward and backward."""
+
+
+class _Sized(NamedTuple):
+    """A row, the lines that it takes and the longest one's tokens."""
+
+    num_lines: int
+    length: int
+    routed: RoutedRow
+
+
+def _grouped(rows: Sequence[_Sized], max_tokens: int, pass_tokens: int) -> list[list[RoutedRow]]:
+    """Divides rows, longest first, so that padded tokens and passes cost least together.
+
+    Exact: the best division of the first rows is one of fewer rows and a last group.
+    """
+    least, starts = [0], [0]
+    for end in range(1, len(rows) + 1):
+        num_lines, found = 0, []
+        for start in range(end - 1, -1, -1):
+            num_lines += rows[start].num_lines
+            padded = num_lines * rows[start].length
+            if padded > max_tokens and end - start > 1:
+                break
+            found.append((least[start] + padded + pass_tokens, start))
+        cost, start = min(found)
+        least.append(cost)
+        starts.append(start)
+    bounds = [len(rows)]
+    while bounds[0]:
+        bounds.insert(0, starts[bounds[0]])
+    return [[row.routed for row in rows[start:end]] for start, end in pairwise(bounds)]
 
 
 def _size(row: TokenRow, *, shares_prompts: bool) -> tuple[int, int]:
