@@ -35,9 +35,7 @@ def recompute_layers(model: MultiAdapterModel) -> None:
     Reference:
         Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = decoder_layers(model.base)
     if not layers or not model.base.supports_gradient_checkpointing:
         raise ConfigError(
             f"scale.gradient_checkpointing: {type(model.base).__name__} does not support it; "
@@ -45,6 +43,13 @@ def recompute_layers(model: MultiAdapterModel) -> None:
         )
     for layer in layers:
         layer.forward = partial(_forward, layer.forward, partial(_contexts, model))
+
+
+def decoder_layers(base: nn.Module) -> list[nn.Module]:
+    """Returns the layers that can be computed again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager

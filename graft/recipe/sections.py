@@ -361,6 +361,18 @@ class Recipe(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def quantization_fits_offload(self) -> Recipe:
+        """Refuses to swap packed weights to a disk."""
+        quantization = self.model.quantization.type
+        if quantization != "none" and self.scale.offload.parameters == "nvme":
+            raise ValueError(
+                f"scale.offload.parameters nvme cannot swap {quantization} weights: DeepSpeed's "
+                "buffers hold one kind of number, and packed weights would come back wrong; use "
+                "offload.parameters cpu, or model.quantization none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def every_worker_has_rows(self) -> Recipe:
         """Refuses a step of fewer rows than workers."""
         if self.train.batch_size < self.scale.max_workers:

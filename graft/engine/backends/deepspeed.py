@@ -22,6 +22,7 @@ from graft.engine.backends.optimizers import make_optimizer, read_moments, write
 from graft.engine.backends.torch import groups_by_scale
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.multi.layer import RoutedLinear
+from graft.engine.recompute import decoder_layers
 from graft.recipe.sections import ScaleSection, TrainSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -188,12 +189,23 @@ class DeepSpeedBackend:
         if offload.parameters == "nvme":
             # DeepSpeed's own buffers are made for 100 million numbers, 2 GB in all.
             config["offload_param"]["buffer_size"] = self._largest_share()
+            if self._scale.gradient_checkpointing:
+                # A layer that is computed again has all its weights at once; DeepSpeed has 5.
+                config["offload_param"]["buffer_count"] = max(5, self._most_in_a_layer())
+            # Its look-ahead asks for a weight twice where a layer's two passes are near each other.
+            config["stage3_prefetch_bucket_size"] = 0
+            config["stage3_max_reuse_distance"] = 0
         return config
 
     def _largest_share(self) -> int:
         """Numbers of the largest tensor that a worker holds its part of."""
         sizes = [p.numel() for p in (*self._model.base.parameters(), *self._parameters.values())]
         return int(-(-max(sizes) // self.world_size))
+
+    def _most_in_a_layer(self) -> int:
+        """Tensors of the decoder layer that has most."""
+        layers = decoder_layers(self._model.base)
+        return max(len(list(layer.parameters())) for layer in layers)
 
     def _clip_in_optimizer(self, max_grad_norm: float) -> None:
         """Stage 0 clips here: DeepSpeed's own clip keeps the norm to itself and steps on NaN."""

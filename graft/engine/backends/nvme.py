@@ -28,7 +28,7 @@ _LOCK = "lock"
 
 
 def require_nvme(path: Path, needed_bytes: int, *, mounts: Path = _MOUNTS) -> None:
-    """Refuses a folder that cannot be swapped to.
+    """Refuses a folder that cannot be swapped to; what killed processes left there is removed.
 
     Args:
         path: Of `scale.offload.nvme_path`, on this node.
@@ -49,6 +49,7 @@ def require_nvme(path: Path, needed_bytes: int, *, mounts: Path = _MOUNTS) -> No
             "folder on a disk of the node itself, or use cpu"
         )
     require_writable(path, "what is swapped out", option=_FIELD)
+    _remove_left(path)
     free = shutil.disk_usage(path).free
     if free < needed_bytes:
         raise ConfigError(
@@ -75,8 +76,7 @@ def swap_folder(path: Path, owner: object) -> Path:
 
     Two runs may share a disk: DeepSpeed's own names would have them write over each other.
     """
-    for left in path.glob(f"{_PREFIX}*/{_LOCK}"):
-        _remove_if_left(left)
+    _remove_left(path)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=path))
     lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -87,6 +87,11 @@ def swap_folder(path: Path, owner: object) -> Path:
 def _give_back(folder: Path, lock: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
+
+
+def _remove_left(path: Path) -> None:
+    for lock in path.glob(f"{_PREFIX}*/{_LOCK}"):
+        _remove_if_left(lock)
 
 
 def _remove_if_left(lock: Path) -> None:

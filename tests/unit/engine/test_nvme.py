@@ -70,6 +70,19 @@ def test_a_folder_that_nobody_may_write_is_refused_by_its_setting(tmp_path: Path
         require_nvme(Path("/proc"), 0, mounts=tmp_path / "no table")
 
 
+def test_what_a_killed_process_left_is_no_reason_to_call_a_disk_full(
+    tmp_path: Path, mounts: Path
+) -> None:
+    fast = tmp_path / "data" / "fast"
+    owner = Owner()
+    held, left = swap_folder(fast, owner), fast / "graft-swap-left"
+    left.mkdir()
+    (left / "lock").touch()
+    (left / "moments").write_bytes(bytes(1000))
+    require_nvme(fast, 1000, mounts=mounts)
+    assert list(fast.iterdir()) == [held]
+
+
 class Owner:
     pass
 

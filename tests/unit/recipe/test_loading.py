@@ -149,6 +149,14 @@ def test_the_schema_accepts_what_the_loader_accepts(load: Load) -> None:
         assert list(validator.iter_errors({**space.content(), **wrong})), wrong
 
 
+def test_the_schema_lists_every_method_and_defines_it() -> None:
+    names = {"adalora", "bottleneck", "dora", "full", "half", "ia3", "lora"}
+    names |= {"memory", "mixture", "peft", "prefix", "prompt", "ptuning"}
+    defined = recipe_schema()["$defs"]
+    assert names <= set(defined["method"]["anyOf"][0]["enum"])
+    assert all(defined[f"method-{name}"]["properties"]["type"] for name in names)
+
+
 def test_every_starter_is_a_recipe_and_can_be_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
