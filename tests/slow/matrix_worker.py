@@ -1,11 +1,10 @@
-"""One worker of the matrix test, started by `torch.distributed.run`: one ZeRO stage, cell by cell.
+"""What each worker of the matrix test does in its Ray Train run: one ZeRO stage, cell by cell.
 
-Prints nothing; rank 0 writes what each cell came to below the folder it is given.
+The first worker writes what each cell came to below the folder it is given.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import traceback
@@ -39,6 +38,8 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "prefix": ({"type": "prefix", "num_virtual_tokens": 6}, "none"),
 }
 """Name → method and quantization of its base."""
+WIDE = "wide"
+"""Folder of a model whose weights are large enough for DeepSpeed to swap them to a disk."""
 
 
 class Cell(NamedTuple):
@@ -57,9 +58,10 @@ class Cell(NamedTuple):
 
 
 def cells(stage: int, *, nvme: bool) -> list[Cell]:
-    """All combinations at a stage; those of the NVMe disk stand alone."""
+    """All combinations at a stage; those of the NVMe disk stand alone, without packed weights."""
     if nvme:
-        return [Cell(name, stage, "nvme", on) for name in METHODS for on in (False, True)]
+        whole = [name for name, (_, quantization) in METHODS.items() if quantization == "none"]
+        return [Cell(name, stage, "nvme", on) for name in whole for on in (False, True)]
     places = ("none", "cpu") if stage else ("none",)
     wide = [Cell(*parts) for parts in product(METHODS, (stage,), places, (False, True))]
     narrow = [Cell(name, stage, "none", True, "bf16") for name in ("dora", "qlora", "full")]
@@ -146,24 +148,11 @@ def run(cell: Cell, source: Path, folder: Path) -> dict[str, Any]:
         return {"failure": traceback.format_exc()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("source", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--stage", type=int, required=True)
-    parser.add_argument("--nvme", action="store_true")
-    parser.add_argument("--only", default="")
-    arguments = parser.parse_args()
+def work(source: Path, folder: Path, stage: int) -> None:
+    """Runs all cells of a stage; on the wide model those that swap to a disk."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    for cell in cells(arguments.stage, nvme=arguments.nvme):
-        if arguments.only in cell.file:
-            found = run(cell, arguments.source, arguments.folder)
-            if torch.distributed.get_rank() == 0:
-                (arguments.folder / f"{cell.file}.json").write_text(json.dumps(found))
-            gc.collect()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    for cell in cells(stage, nvme=source.name == WIDE):
+        found = run(cell, source, folder)
+        if torch.distributed.get_rank() == 0:
+            (folder / f"{cell.file}.json").write_text(json.dumps(found))
+        gc.collect()

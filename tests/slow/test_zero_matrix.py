@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
 
 from graft.data.records import TokenRow
@@ -18,13 +18,27 @@ from graft.engine.backends.ops import build_ops, obstacle, ops_of
 from graft.engine.order import batch_rows
 from graft.engine.schedule import learning_rate
 from graft.recipe.sections import Recipe
+from graft.runtime.session import ray_session
 from graft.testing import save_tiny_model, tiny_model, tiny_tokenizer
-from tests.slow.matrix_worker import METHODS, STEPS, Cell, cell_recipe, cells, load, train
+from tests.slow.matrix_worker import (
+    METHODS,
+    STEPS,
+    WIDE,
+    Cell,
+    cell_recipe,
+    cells,
+    load,
+    train,
+    work,
+)
 from tests.slow.zero_worker import tiny_token_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\."),
+]
 
-ROOT = Path(__file__).parents[2]
 CELLS = [cell for stage in range(4) for cell in cells(stage, nvme=False)]
 ON_DISK = cells(3, nvme=True)
 LOSS_ATOL = {"fp32": 1e-4, "bf16": 0.05}
@@ -76,9 +90,9 @@ def mean_loss(model: torch.nn.Module, taken: list[TokenRow]) -> torch.Tensor:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model; and one with weights large enough for DeepSpeed to swap them to a disk."""
     folder = tmp_path_factory.mktemp("sources")
-    tiny_model(hidden_size=1024).save_pretrained(folder / "wide")
-    tiny_tokenizer().save_pretrained(folder / "wide")
-    return {"tiny": save_tiny_model(folder / "tiny"), "wide": folder / "wide"}
+    tiny_model(hidden_size=1024).save_pretrained(folder / WIDE)
+    tiny_tokenizer().save_pretrained(folder / WIDE)
+    return {"tiny": save_tiny_model(folder / "tiny"), WIDE: folder / WIDE}
 
 
 @pytest.fixture(scope="module")
@@ -103,22 +117,21 @@ def alone(
 def workers(
     sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, str], Path]:
-    """Runs all cells of a stage in one pair of workers; returns where their results are."""
+    """Runs all cells of a stage in one Ray Train run; returns where their results are."""
 
     @cache
-    def run(stage: int, source: str) -> Path:
+    def run_stage(stage: int, source: str) -> Path:
         folder = tmp_path_factory.mktemp(f"zero{stage}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node=2", "-m", "tests.slow.matrix_worker"]
-        command += [str(sources[source]), str(folder), f"--stage={stage}"]
-        command += ["--nvme"] * (source == "wide")
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        with ray_session(num_cpus=2):
+            TorchTrainer(
+                lambda: work(sources[source], folder, stage),
+                scaling_config=ScalingConfig(num_workers=2),
+                torch_config=TorchConfig(backend="gloo"),
+                run_config=RunConfig(name="ray", storage_path=str(folder)),
+            ).fit()
         return folder
 
-    return run
+    return run_stage
 
 
 def assert_follows(folder: Path, cell: Cell, alone: Run) -> None:
@@ -156,12 +169,18 @@ def test_two_workers_that_swap_to_a_disk_follow_one_process(
     cell: Cell, workers: Callable[[int, str], Path], alone: Callable[[Cell, str], Run]
 ) -> None:
     require_ops(cell)
-    folder = workers(3, "wide")
-    assert_follows(folder, cell, alone(cell, "wide"))
+    folder = workers(3, WIDE)
+    assert_follows(folder, cell, alone(cell, WIDE))
     assert not list(folder.glob("graft-swap-*")), "swapped weights are left on the disk"
 
 
-def test_no_combination_is_refused() -> None:
+@pytest.mark.parametrize("name", ["int8-lora", "qlora", "qdora"])
+def test_packed_weights_are_not_swapped_to_a_disk(name: str) -> None:
+    with pytest.raises(ValueError, match=r"one kind of number.*offload\.parameters cpu"):
+        cell_recipe(Cell(name, 3, "nvme", False), Path("tiny"), Path("disk"))
+
+
+def test_no_other_combination_is_refused() -> None:
     assert {cell.name for cell in CELLS} == set(METHODS)
     for cell in [*CELLS, *ON_DISK]:
         scale = cell_recipe(cell, Path("tiny"), Path("disk")).scale
