@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 
-from graft.core.errors import ConfigError, MissingDependencyError
+from graft.core.errors import ConfigError, GraftError, MissingDependencyError
 from graft.recipe.sections import Recipe
 
 
@@ -27,3 +28,18 @@ def require_trainable(recipe: Recipe, device: torch.device) -> None:
             f"train.optimizer {recipe.train.optimizer} needs the package bitsandbytes; install it "
             "with pip install bitsandbytes, or use adamw"
         )
+
+
+def require_any_trainable(recipes: Iterable[Recipe], device: torch.device) -> None:
+    """Refuses some recipes, at least one, if this device can train none of them.
+
+    Raises:
+        GraftError: What the first of them is refused for.
+    """
+    refusals: list[GraftError] = []
+    for recipe in recipes:
+        try:
+            return require_trainable(recipe, device)
+        except (ConfigError, MissingDependencyError) as error:
+            refusals.append(error)
+    raise refusals[0]

@@ -1,4 +1,4 @@
-"""Every other method that PEFT has, through PEFT's own code: nobody who chooses GRAFT loses one.
+"""Most other methods of PEFT, through PEFT's own code; a type that cannot run is refused with why.
 
 `method: {type: peft, peft_type: OFT, config: {oft_block_size: 32, target_modules: [q_proj]}}`.
 PEFT puts its modules into the base, so such a method has the base for itself: its trials are
@@ -110,7 +110,7 @@ class PeftMethod(WholeMethod):
         """
         import torch
 
-        model = self._inject(base, seed)
+        model = self.inject(base, seed)
         parameters = _named_as_saved(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         known = {id(p) for p in parameters.values()}
@@ -148,7 +148,15 @@ class PeftMethod(WholeMethod):
             raise ValueError(f"config: PEFT refuses it for {self.peft_type}: {error}") from error
         return made
 
-    def _inject(self, base: PreTrainedModel, seed: int) -> PeftModel:
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    def inject(self, base: PreTrainedModel, seed: int) -> PeftModel:
+        """Lets PEFT put its modules on the base, which may be without storage.
+
+        Raises:
+            ConfigError: A target matches nothing, or a setting does not fit the base's layers.
+        """
         import torch
         from peft import PeftModel
 

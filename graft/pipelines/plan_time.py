@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft.core.model import StrictModel
-from graft.methods.whole import WholeMethod
+from graft.methods._own_weights import OwnWeightsMethod
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def _mean(values: Sequence[float]) -> float:
 def trial_flops(recipe: Recipe, shape: ModelShape, row_tokens: float) -> float:
     """Counts the operations of a trial that trains to its end, its measurements included."""
     forward = _forward_flops(shape, row_tokens)
-    passes = 2.0 + isinstance(recipe.method, WholeMethod) + recipe.scale.gradient_checkpointing
+    passes = 2.0 + isinstance(recipe.method, OwnWeightsMethod) + recipe.scale.gradient_checkpointing
     passes += recipe.needs_reference
     rows = recipe.train.steps * recipe.train.batch_size
     reports = math.ceil(recipe.train.steps / recipe.train.report_every)

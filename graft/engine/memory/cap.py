@@ -33,6 +33,8 @@ class Limits(NamedTuple):
     node_workers: int | None = None
     """Workers that a node can hold: Ray Train fills one before it takes the next, so that many of
     a run share its memory. None is all of a run."""
+    threads: int | None = None
+    """Of a process that trains on a CPU; None means as many as this one has."""
     factor: float = 1.0
     """What predictions are multiplied by, as runs that ran out have taught."""
 
@@ -55,6 +57,11 @@ class MemoryCap:
         """The limits, with the factor as it is by now: for another process."""
         return self._limits._replace(factor=self.factor)
 
+    @property
+    def uncorrected(self) -> MemoryCap:
+        """The same limits, as if no run had taught anything."""
+        return MemoryCap(self._shape, self._limits._replace(factor=1.0))
+
     def limit(self, recipe: Recipe) -> int:
         """Returns the bytes that a worker may take on its device."""
         have, given = self._share(recipe), recipe.scale.device_memory
@@ -62,7 +69,10 @@ class MemoryCap:
 
     def predict(self, recipe: Recipe, slots: int = 1) -> MemoryEstimate:
         """Predicts a run, uncorrected."""
-        return predict_memory(recipe, self._shape, self._limits.device, slots=slots)
+        limits = self._limits
+        return predict_memory(
+            recipe, self._shape, limits.device, slots=slots, threads=limits.threads
+        )
 
     def need(self, recipes: Sequence[Recipe]) -> float:
         """Returns the bytes that runs take together, as slots of one base; corrected."""

@@ -26,6 +26,7 @@ from graft.engine.memory.dry_run import (
     reading_peaks,
     step_peaks,
 )
+from graft.engine.memory.peft_size import STAND_IN
 from graft.engine.memory.shape import ModelShape
 from graft.engine.memory.stand_ins import DeviceType
 from graft.engine.memory.standing import (
@@ -34,12 +35,15 @@ from graft.engine.memory.standing import (
     checkpoint_copies,
     divided_gradients,
     loading_parts,
+    number_bytes,
     process_parts,
+    size_of,
     standing_parts,
 )
 from graft.engine.memory.workload import Answers, Workload
 from graft.methods._lora_family import LoraFamily
 from graft.methods.base import FusedSize, Method
+from graft.methods.peft import PeftMethod
 from graft.recipe.sections import Recipe
 
 
@@ -107,6 +111,7 @@ def predict_memory(
     *,
     work: Workload | None = None,
     slots: int = 1,
+    threads: int | None = None,
 ) -> MemoryEstimate:
     """Predicts the memory of one worker of a run; nothing is loaded.
 
@@ -116,12 +121,13 @@ def predict_memory(
         device: What it runs on; `model.device: auto` does not say.
         work: Its largest micro-batch; None takes what the recipe bounds.
         slots: Slots that train together on one base, each with this recipe.
+        threads: Of a worker that `scale.threads` gives none; None means this process's.
 
     Raises:
         ConfigError: The method does not fit the base.
         ModelError: transformers cannot make such a base.
     """
-    work = work or Workload.bound(recipe, slots, device=torch.device(device))
+    work = work or Workload.bound(recipe, slots, device=torch.device(device), threads=threads)
     standing = [*standing_parts(recipe, shape, device, slots), *process_parts(device)]
     setting = _setting(recipe, shape, device, min(slots, work.rows))
     highest = [
@@ -185,7 +191,7 @@ def _setting(recipe: Recipe, shape: ModelShape, device: DeviceType, slots: int) 
     train_free = recipe.model.model_copy(update={"source": "", "revision": None, "device": "auto"})
     return Setting(
         section=train_free,
-        method=_without_experts(recipe.method, shape),
+        method=_stand_in(recipe.method, shape),
         device=device,
         checkpoints=recipe.scale.gradient_checkpointing,
         has_head="values" in needs,
@@ -194,11 +200,14 @@ def _setting(recipe: Recipe, shape: ModelShape, device: DeviceType, slots: int) 
     )
 
 
-def _without_experts(method: Method, shape: ModelShape) -> Method:
-    """The same method beside the experts: which of them a token takes is not known before it runs.
+def _stand_in(method: Method, shape: ModelShape) -> Method:
+    """What the dry run puts on the base: the method itself, or what keeps about as much.
 
-    Low-rank states of the few tokens of an expert are all that is left out of activations.
+    A method that reaches into experts stands beside them: which of them a token takes is not known
+    before it runs. Low-rank states of the few tokens of an expert are all that is left out.
     """
+    if isinstance(method, PeftMethod):
+        return STAND_IN
     if not isinstance(method, LoraFamily):
         return method
     sizes = [shape.linears[site.name] for site in method.sites(shape.linears)]
@@ -211,7 +220,10 @@ def _moving(
     recipe: Recipe, shape: ModelShape, device: DeviceType, parts: Parts, elsewhere: int
 ) -> list[MemoryPart]:
     """What a step makes, its gradients divided as ZeRO divides them."""
-    gradients = divided_gradients(recipe, shape, device, parts["gradients"], elsewhere)
+    counted = parts["gradients"]
+    if isinstance(recipe.method, PeftMethod):  # the dry run had a stand-in
+        counted = number_bytes(recipe) * size_of(recipe, shape).trained
+    gradients = divided_gradients(recipe, shape, device, counted, elsewhere)
     others = Parts({name: size for name, size in parts.items() if name != "gradients"})
     return [*_on_the_device(others), *gradients]
 

@@ -16,7 +16,7 @@ from graft.core.errors import ConfigError
 from graft.core.model import StrictModel
 from graft.engine.memory.cap import MemoryCap
 from graft.engine.memory.workload import Workload
-from graft.methods.whole import WholeMethod
+from graft.methods._own_weights import OwnWeightsMethod
 from graft.recipe.sections import Recipe
 
 
@@ -145,7 +145,7 @@ def _combinations(recipe: Recipe, devices: int, *, offloads: bool) -> list[_Chan
 
 def _methods(recipe: Recipe) -> Iterator[_Change]:
     yield _NOTHING
-    if isinstance(recipe.method, WholeMethod):
+    if isinstance(recipe.method, OwnWeightsMethod):
         yield _OTHER_METHOD
 
 

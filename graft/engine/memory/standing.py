@@ -24,10 +24,13 @@ from typing import Literal, NamedTuple
 
 from graft.core.errors import ConfigError
 from graft.core.model import StrictModel
+from graft.engine.memory.peft_size import STAND_IN, peft_size
 from graft.engine.memory.shape import ModelShape
 from graft.engine.memory.stand_ins import DeviceType
+from graft.methods._own_weights import OwnWeightsMethod
 from graft.methods.base import Method
 from graft.methods.layerwise import LayerMethod
+from graft.methods.peft import PeftMethod
 from graft.methods.virtual import VirtualMethod
 from graft.methods.whole import WholeMethod
 from graft.models import torch_dtype
@@ -41,11 +44,14 @@ _MAX_LIVE = 1_000_000_000
 """Numbers that stage 3 keeps gathered for their next use."""
 _SUB_GROUP = 1_000_000_000
 _OPTIMIZER_BUFFERS = 4
-_PARAM_BUFFERS = 5
+_PARAM_BUFFERS, _LAYER_BUFFERS = 5, 24
+"""Of weights that are swapped in; a layer that is computed again takes its own all at once."""
 _MOMENT_BLOCK = 256
 _CUDA_CONTEXT = 500_000_000
 """Of the driver and of loaded kernels; it lies outside of torch's allocator."""
 _CUBLAS_WORKSPACE = 32 << 20
+_KERNELS = 12_000_000
+"""What oneDNN compiles and keeps for bf16 products of a model's shapes (measured, to 15 MB)."""
 _PROCESS = 600_000_000
 """An interpreter that has imported torch and transformers."""
 
@@ -75,11 +81,15 @@ def adapter_size(shape: ModelShape, method: Method, *, has_head: bool = False) -
     """
     trained: list[int] = []
     frozen: list[int] = []
+    head = shape.base_shape.hidden_size if has_head else 0
+    if isinstance(method, PeftMethod):
+        found = peft_size(shape, method) or adapter_size(shape, STAND_IN)
+        return AdapterSize(found.trained + head, found.frozen, max(found.largest, head))
     if isinstance(method, LayerMethod):
         of_sites = [method.shapes(site) for site in method.sites(shape.linears)]
     elif isinstance(method, VirtualMethod):
         of_sites = [method.shapes(shape.base_shape)]
-    elif isinstance(method, WholeMethod):
+    elif isinstance(method, OwnWeightsMethod):
         of_sites = [dict(shape.parameters)]
     else:
         raise ConfigError(f"method {method.type!r} has no place on a base")
@@ -87,7 +97,7 @@ def adapter_size(shape: ModelShape, method: Method, *, has_head: bool = False) -
         for name, size in of_site.items():
             (frozen if name in method.frozen else trained).append(math.prod(size))
     if has_head:
-        trained.append(shape.base_shape.hidden_size)
+        trained.append(head)
     return AdapterSize(sum(trained), sum(frozen), max(trained, default=0))
 
 
@@ -121,7 +131,7 @@ def standing_parts(
     found = _Parts(device)
     size, each = size_of(recipe, shape), number_bytes(recipe)
     base = shape.weight_bytes(recipe.model)
-    is_whole = isinstance(recipe.method, WholeMethod)
+    is_whole = isinstance(recipe.method, OwnWeightsMethod)
     scale = recipe.scale
     own = slots * each * (size.trained + size.frozen)
     share = scale.min_workers if scale.zero_stage == 3 else 1
@@ -135,9 +145,12 @@ def standing_parts(
         found.add("adapter", "device", own / share)
     if device == "cpu":
         found.add("mapped files", "device", _packed_in_files(recipe, shape))
+        if recipe.model.dtype == "bf16":
+            found.add("compiled kernels", "device", _KERNELS)
     if recipe.needs_reference:
         kept_adapter = own if recipe.train.init_from is not None else 0
-        found.add("reference", "device", sum(base) if is_whole else kept_adapter)
+        copied = sum(base) if isinstance(recipe.method, WholeMethod) else 0
+        found.add("reference", "device", copied + (0 if is_whole else kept_adapter))
     if scale.zero_stage:
         largest = max(math.prod(of) for of in shape.parameters.values())
         _add_zero(found, recipe, size, device, largest * torch_dtype(recipe.model).itemsize)
@@ -178,7 +191,8 @@ def _add_zero(
         found.add("ZeRO buffers", "host", 4 * own + 4 * size.largest)
         found.add("ZeRO buffers", "device", 4 * size.largest)
     if scale.offload.parameters == "nvme":
-        found.add("ZeRO buffers", "host", _PARAM_BUFFERS * largest_bytes / scale.min_workers)
+        count = _LAYER_BUFFERS if scale.gradient_checkpointing else _PARAM_BUFFERS
+        found.add("ZeRO buffers", "host", count * largest_bytes / scale.min_workers)
     # A CPU gives a page when it is first written to, so only what is used of a buffer counts.
     bucket = _REDUCE_BUCKET if device == "cuda" else min(size.trained, _REDUCE_BUCKET)
     found.add("ZeRO buffers", "device", 4 * bucket)

@@ -43,7 +43,12 @@ class Workload(NamedTuple):
 
     @classmethod
     def bound(
-        cls, recipe: Recipe, slots: int = 1, *, device: torch.device | None = None
+        cls,
+        recipe: Recipe,
+        slots: int = 1,
+        *,
+        device: torch.device | None = None,
+        threads: int | None = None,
     ) -> Workload:
         """Returns the largest that a recipe allows, whatever its rows are.
 
@@ -54,11 +59,12 @@ class Workload(NamedTuple):
             recipe: Complete.
             slots: Slots that train together, each with a batch of its own.
             device: Of the base; a CPU runs several micro-batches side by side. None runs one.
+            threads: Of the process that trains; None means this one's.
         """
         sizes = [_longest_row(part.objective, part.section.max_length) for part in recipe.parts]
         row_tokens, supervised, has_branches = max(sizes)
         num_rows = _rows_of_a_worker(recipe, slots)
-        lanes = _lanes(recipe, num_rows * row_tokens, device)
+        lanes = _lanes(recipe, num_rows * row_tokens, device, threads)
         rows = max(1, min(num_rows, lanes.max_tokens // row_tokens))
         num_micro_batches = -(-num_rows // rows)
         return cls(
@@ -170,9 +176,12 @@ def _longest_row(objective: Objective, max_length: int) -> tuple[int, int, bool]
     return max_length, max_length - 1, False
 
 
-def _lanes(recipe: Recipe, num_tokens: int, device: torch.device | None) -> Lanes:
-    """How a worker divides a step, with the threads of this process."""
+def _lanes(
+    recipe: Recipe, num_tokens: int, device: torch.device | None, threads: int | None = None
+) -> Lanes:
+    """How a worker divides a step, with the threads of the recipe before any others."""
     is_alone = recipe.scale.needs_deepspeed or isinstance(recipe.method, WholeMethod)
     if device is None or is_alone:
         return Lanes(1, recipe.train.micro_batch_tokens)
-    return divide(num_tokens, recipe.train.micro_batch_tokens, device)
+    threads = recipe.scale.threads or threads
+    return divide(num_tokens, recipe.train.micro_batch_tokens, device, threads)

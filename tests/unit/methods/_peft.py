@@ -68,7 +68,11 @@ def their_logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def stirred(
-    method: Method, *, seed: int = 0, moments: Mapping[str, torch.Tensor] | None = None
+    method: Method,
+    *,
+    seed: int = 0,
+    noise: float = 0.05,
+    moments: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapter:
     """An adapter of the tiny model that does something: initial tensors with noise on top."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +81,7 @@ def stirred(
         site: {
             key: value
             if key in method.frozen or not value.is_floating_point()
-            else value + 0.05 * torch.randn(value.shape, generator=generator)
+            else value + noise * torch.randn(value.shape, generator=generator)
             for key, value in of_site.items()
         }
         for site, of_site in fresh.items()

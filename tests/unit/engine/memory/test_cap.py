@@ -108,3 +108,16 @@ def test_what_is_offloaded_to_the_host_stays_in_the_memory_of_a_cpu(parameters: 
     assert on_cpu.predict(offloaded).host_bytes == 0
     tight = cap_of(Limits("cpu", on_cpu.predict(plain).device_bytes // 2))
     assert tight.surely_exceeds(plain) == tight.surely_exceeds(offloaded)
+
+
+def test_lanes_are_counted_by_the_threads_of_the_process_that_trains() -> None:
+    """However many this one has: a search's driver is told to take one."""
+    recipe = recipe_of(train={"batch_size": 16})
+    found = {
+        threads: cap_of(Limits("cpu", ROOM, threads=threads)).predict(recipe).device_bytes
+        for threads in (1, 2, 4)
+    }
+    assert found[1] < found[2] < found[4]
+    pinned = recipe_of(train={"batch_size": 16}, scale={"threads": 2})
+    assert cap_of(Limits("cpu", ROOM, threads=4)).predict(pinned).device_bytes == found[2]
+    assert cap_of(Limits("cpu", ROOM)).predict(pinned).device_bytes == found[2]

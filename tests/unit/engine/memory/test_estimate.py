@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from graft.engine.memory import MemoryEstimate, ModelShape, Workload, predict_memory
+from graft.methods.peft import PeftMethod
 from graft.recipe.sections import Recipe
 from graft.testing import tiny_model, tiny_moe
 
@@ -159,3 +160,30 @@ def test_a_base_of_experts_is_predicted_with_and_without_adapters_on_them(target
     per_expert = 4 * 4 * (48 + 64)
     assert found["activations"] > 0
     assert targets == "all-linear" or found["adapter"] == 2 * 4 * per_expert
+
+
+PEFT_TYPES = ("VERA", "OFT", "RANDLORA", "LN_TUNING")
+
+
+@pytest.mark.parametrize("peft_type", PEFT_TYPES)
+def test_a_method_of_peft_trains_what_peft_trains_and_the_base_stands_once(peft_type: str) -> None:
+    method = PeftMethod(peft_type=peft_type)
+    real = method.attach(tiny_model(), seed=0).parameters.values()
+    trained = sum(p.numel() for p in real if p.requires_grad)
+    shape = ModelShape.of(tiny_model().config)
+    recipe = recipe_of(method=method.model_dump(), model={"source": "tiny", "dtype": "fp32"})
+    found = standing_bytes(predict_memory(recipe, shape, "cpu", work=WORK))
+    assert found["optimizer"] == 8 * trained
+    assert found["gradients"] == 4 * trained
+    assert found["weights"] == pytest.approx(4 * shape.num_parameters, rel=1e-3)
+    if peft_type == "VERA":  # its random projections are saved beside
+        assert found["adapter"] == 4 * sum(p.numel() for p in real)
+
+
+def test_a_method_that_peft_makes_of_values_is_predicted_too() -> None:
+    shape = ModelShape.of(tiny_model().config)
+    boft = recipe_of(method={"type": "peft", "peft_type": "BOFT"})
+    full = recipe_of(method={"type": "full"})
+    estimate = predict_memory(boft, shape, "cpu", work=WORK)
+    assert standing_bytes(estimate)["optimizer"] > 0
+    assert estimate.device_bytes < predict_memory(full, shape, "cpu", work=WORK).device_bytes
