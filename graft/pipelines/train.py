@@ -114,13 +114,16 @@ def train(
     from graft.engine.trainable import require_trainable
     from graft.models import pick_device
     from graft.pipelines.room import require_room
+    from graft.runtime.session import names_cluster
 
     recipe = space.recipe()
     folder, store = _folder(recipe, home), Store(home)
     require_writable(folder, "the run", keep=False)
+    device = pick_device(recipe.model)  # this process publishes what workers train
     if not recipe.scale.needs_deepspeed:
-        require_trainable(recipe, pick_device(recipe.model))
-    require_room(recipe, home, address=address)
+        require_trainable(recipe, device)
+    if not (recipe.scale.needs_deepspeed and names_cluster(address)):  # whose nodes are asked later
+        require_room(recipe, home)
     prepared = prepare_run(recipe, home)
     known = _known(folder, prepared, store)
     if known is not None:
@@ -220,6 +223,8 @@ def _train_on_workers(
     recipe: Recipe, folder: Path, *, home: Path, progress: Progress, address: str | None
 ) -> None:
     """Waits for the workers in a way that Ctrl-C interrupts: Ray Train would swallow it."""
+    from graft.pipelines.room import require_room
+    from graft.runtime.nodes import await_node, find_limits
     from graft.runtime.session import ray_session
     from graft.runtime.train_workers import train_on_workers
 
@@ -232,10 +237,13 @@ def _train_on_workers(
             failures.append(error)
 
     with (
-        ray_session(address),
+        ray_session(address) as session,
         progress.task(f"training {recipe.name}", recipe.train.steps, "step") as task,
         told_to_end() as leaves,
     ):
+        if not session.is_local:
+            session = await_node(recipe, session, progress)
+            require_room(recipe, home, limits=find_limits(recipe, session))
         thread = threading.Thread(target=work, args=(leaves,), name="train-workers", daemon=True)
         thread.start()
         done = 0

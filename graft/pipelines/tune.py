@@ -110,6 +110,7 @@ def tune(
             "train.lr: {log: [1.0e-5, 1.0e-2]}, or set search.space to auto, or use `graft train`"
         )
     sections = space.sections()
+    _require_device(space, address)
     folder = home / "studies" / sections.name
     require_writable(folder, "the study", keep=False)
     facts = study_facts(space, home=home, progress=progress)
@@ -138,6 +139,23 @@ def tune(
             num_run=_num_ended(study) - ended,
             seconds=time.monotonic() - started,
         )
+
+
+def _require_device(space: RecipeSpace, address: str | None) -> None:
+    """Refuses what cannot be searched, or not be published here, before anything is done.
+
+    The best adapter is measured and published by this process; its trials run on the cluster.
+
+    Raises:
+        ConfigError: `model.device` is cuda and there is none here, or no point trains here.
+    """
+    from graft.engine.trainable import require_any_trainable
+    from graft.models import pick_device
+    from graft.runtime.session import names_cluster
+
+    device = pick_device(space.example().model)
+    if not names_cluster(address):
+        require_any_trainable(space.examples(), device)
 
 
 def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -> StudyFacts:

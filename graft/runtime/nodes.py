@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from graft.core.errors import GraftError
+from graft.core.errors import GraftError, TrainingError
 from graft.core.machine import gpu_memory_bytes, host_memory_bytes
 from graft.core.progress import QUIET, Progress
 from graft.engine.backends.nvme import require_nvme
 from graft.engine.backends.ops import build_ops, is_built, ops_of
 from graft.models import resolve_model
-from graft.runtime.placement import node_places, worker_resources
+from graft.runtime.placement import (
+    WorkerNeeds,
+    find_room,
+    node_places,
+    worker_place,
+    worker_resources,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,18 +69,47 @@ def on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
     return found
 
 
+def await_node(recipe: Recipe, session: RaySession, progress: Progress = QUIET) -> RaySession:
+    """Waits for a node that holds a worker of a run, where an autoscaler has yet to make one.
+
+    Returns:
+        The session with the nodes that there are then.
+
+    Raises:
+        TrainingError: It has not come in time.
+    """
+    place = worker_place(recipe)
+    if not any(node_places(place)):
+        progress.note(
+            "the cluster has no node for a worker yet; one is asked for, which takes an autoscaler "
+            "some minutes (without one, join a node with ray start; min_workers: 1 keeps one ready)"
+        )
+        find_room(WorkerNeeds(place, 1, 1))
+    return session.now()
+
+
 def find_limits(recipe: Recipe, session: RaySession) -> Limits:
-    """Asks the nodes what memory their devices have; the smallest counts."""
+    """Asks the nodes what memory their devices have; the smallest counts.
+
+    Raises:
+        TrainingError: There is no node that runs workers, or it went meanwhile.
+    """
     from graft.engine.memory.cap import Limits
 
     told = {"": _own_memory()} if session.is_local else on_every_node(_own_memory)
-    hosts = [memory.host_bytes for memory in told.values()]
+    if not told:
+        raise TrainingError(
+            "no node that runs workers has answered; the same command tries it again once the "
+            "cluster has one"
+        )
     gpus = [memory.gpu_bytes for memory in told.values() if memory.gpu_bytes]
     uses_gpu = recipe.model.device != "cpu" and session.num_gpus > 0 and bool(gpus)
+    hosts = [of.host_bytes for of in told.values() if of.gpu_bytes or not uses_gpu]
     held = max(node_places(worker_resources(uses_gpu=uses_gpu)), default=0)
     if uses_gpu:
         return Limits("cuda", min(gpus), min(hosts), node_workers=max(1, held))
-    return Limits("cpu", min(hosts), node_workers=max(1, held))
+    threads = max(1, session.node_cpus)  # as a pack has them
+    return Limits("cpu", min(hosts), node_workers=max(1, held), threads=threads)
 
 
 class _NodeMemory(NamedTuple):

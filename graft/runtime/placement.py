@@ -56,18 +56,29 @@ def worker_needs(recipe: Recipe) -> WorkerNeeds:
     smallest, largest = recipe.scale.min_workers, recipe.scale.max_workers
     most = _most()
     num_cpus, num_gpus = int(most.get("CPU", 0)), int(most.get("GPU", 0))
+    needs = WorkerNeeds(worker_place(recipe), smallest, largest)
+    if num_cpus == 0:  # nobody knows what the cluster may grow to
+        return needs
     if smallest > num_cpus:
         raise ConfigError(
             f"scale.workers is {smallest} and the Ray cluster has {num_cpus} CPUs; set "
             f"scale.workers to at most {num_cpus}, or join a larger cluster (RAY_ADDRESS)"
         )
-    uses_gpu = recipe.model.device != "cpu" and num_gpus > 0
-    if uses_gpu and smallest > num_gpus:
+    if needs.uses_gpu and smallest > num_gpus:
         raise ConfigError(
             f"scale.workers is {smallest} and the Ray cluster has {num_gpus} GPUs; set "
             f"scale.workers to at most {num_gpus}, or model.device to cpu"
         )
-    return WorkerNeeds(worker_resources(uses_gpu=uses_gpu), smallest, largest)
+    return needs
+
+
+def worker_place(recipe: Recipe) -> dict[str, float]:
+    """Returns what one worker of a run occupies, however many there are of them."""
+    most, device = _most(), recipe.model.device
+    is_known = most["CPU"] > 0
+    return worker_resources(
+        uses_gpu=device != "cpu" and most["GPU"] > 0 if is_known else device == "cuda"
+    )
 
 
 def worker_resources(*, uses_gpu: bool) -> dict[str, float]:
@@ -133,14 +144,16 @@ def find_room(
 
     Args:
         needs: Of the run.
-        wait_s: At most so long; None waits a few minutes, longer where an autoscaler may add nodes.
+        wait_s: At most so long; None waits a few minutes, longer where an autoscaler may add nodes,
+            as it may where there is none to work on.
         ask: Called all the while; what it raises ends the waiting.
 
     Raises:
         TrainingError: The smallest number did not fit in time.
     """
     if wait_s is None:
-        wait_s = _AUTOSCALER_WAIT_S if _autoscaled() else _WAIT_S
+        may_grow = bool(_autoscaled()) or not _most()["CPU"]
+        wait_s = _AUTOSCALER_WAIT_S if may_grow else _WAIT_S
     started = time.monotonic()
     has_said = False
     least = Places(needs.resources, needs.smallest, together=True)

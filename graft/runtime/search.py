@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from graft.engine.run_folder import objective_figures
 from graft.runtime.callbacks import TrialCallback
 from graft.runtime.dedicated import DedicatedTrial
 from graft.runtime.memory import KILLED
-from graft.runtime.nodes import find_limits, prepare_ops
+from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.pack_actor import start_pack
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.placement import ON_HEAD, node_places, worker_needs
@@ -32,7 +32,7 @@ from graft.runtime.trials import Loss
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits, MemoryCap
-    from graft.recipe.sections import Recipe
+    from graft.recipe.sections import Recipe, ScaleSection
     from graft.recipe.space import RecipeSpace
 
 EVENTS_FILE = "events.jsonl"
@@ -75,9 +75,16 @@ class Search:
         """Runs until the budget is spent or a grid is exhausted.
 
         Raises:
+            ConfigError: The cluster's devices can train no point of the space.
             TrainingError: Trials are lost again and again: their processes die.
         """
+        import torch
+
+        from graft.engine.trainable import require_any_trainable
+
+        self._session = await_node(self._space.example(), self._session, self._watch.progress)
         memory = self._memory_cap()
+        require_any_trainable(self._space.examples(), torch.device(memory.limits.device))
         queue = TrialQueue(
             self._study,
             self._space,
@@ -133,8 +140,7 @@ class Search:
     def _dedicated_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
         recipes = queue.recipes_for("dedicated")
         places = node_places(worker_needs(recipes[0]).resources)
-        # More than there are is refused when it is proposed.
-        workers = min(sum(places), max(scale.max_workers for scale in self._space.scales()))
+        workers = most_workers(self._space.scales(), places)
         concurrent = num_concurrent(recipes, memory, places, workers)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         return self._fit(
@@ -216,6 +222,14 @@ def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> No
                 "command goes on from the checkpoints"
             )
         queue.refill()
+
+
+def most_workers(scales: Iterable[ScaleSection], places: Sequence[int]) -> int:
+    """Counts the workers of the largest run that there are places for, and at least one.
+
+    A run of more is refused when it is proposed; nodes that went meanwhile are waited for.
+    """
+    return max(1, min(sum(places), max(scale.max_workers for scale in scales)))
 
 
 def num_concurrent(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ray.tune.search import Searcher
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, MissingDependencyError
 from graft.core.files import write_json
 from graft.core.sizes import format_bytes
+from graft.engine.checkpoint import newest_step
 from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.scheduler import STEP
@@ -26,6 +27,7 @@ from graft.runtime.trials import Asked, Failure, Loss, failure_of, forget_failur
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
+    from graft.engine.memory.stand_ins import DeviceType
     from graft.recipe.space import RecipeSpace
 
 _MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/")
@@ -66,36 +68,61 @@ def executor_of(recipe: Recipe, base: Recipe) -> Executor:
 
 
 class _Feasible:
-    """A space whose recipes have an executor and fit; others are refused like impossible points."""
+    """A space whose recipes have an executor, train on the device and fit; others are refused."""
 
     def __init__(
         self, space: RecipeSpace, memory: MemoryCap | None, admit: Callable[[Recipe], object]
     ) -> None:
-        self._space = space
+        self.unasked = space
         self._memory = memory
         self._admit = admit
 
     def sample(self, suggest: Any) -> Recipe:
-        recipe = self._space.sample(suggest)
+        recipe = self.unasked.sample(suggest)
         self._require(recipe)
         return recipe
 
     def examples(self) -> list[Recipe]:
         found = []
-        for recipe in self._space.examples():
+        for recipe in self.unasked.examples():
             with suppress(ConfigError):
                 self._require(recipe)
                 found.append(recipe)
         return found
 
     def executor_of(self, recipe: Recipe) -> Executor:
-        return executor_of(recipe, self._space.example())
+        return executor_of(recipe, self.unasked.example())
 
-    def _require(self, recipe: Recipe) -> None:
+    def obstacle(self, recipe: Recipe, *, corrected: bool = True) -> str | None:
+        """Says why a recipe is refused; None where it is not.
+
+        Args:
+            recipe: Complete.
+            corrected: Whether what trials that ran out have taught counts too.
+        """
+        try:
+            self._require(recipe, corrected=corrected)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _require(self, recipe: Recipe, *, corrected: bool = True) -> None:
         self.executor_of(recipe)
         self._admit(recipe)
         if self._memory is not None:
-            self._memory.require(recipe)
+            _require_device(recipe, self._memory.limits.device)
+            (self._memory if corrected else self._memory.uncorrected).require(recipe)
+
+
+def _require_device(recipe: Recipe, device: DeviceType) -> None:
+    import torch
+
+    from graft.engine.trainable import require_trainable
+
+    try:
+        require_trainable(recipe, torch.device(device))
+    except MissingDependencyError as error:  # as impossible as any other point
+        raise ConfigError(str(error)) from error
 
 
 class TrialQueue:
@@ -105,7 +132,7 @@ class TrialQueue:
         study: Is asked.
         space: Is sampled.
         turn: So many trials of the other executor may wait before it gets its turn.
-        memory: What a device may be given; None is not looked at.
+        memory: What device there is and what it may be given; None is not looked at.
         admit: Raises a `ConfigError` where the cluster is too small for a recipe.
     """
 
@@ -124,22 +151,49 @@ class TrialQueue:
         self._turn = turn
         self._waiting: dict[Executor, deque[Asked]] = {"packed": deque(), "dedicated": deque()}
         self._is_exhausted = False
+        self._held: dict[int, str] = {}
+        """Half-trained trial → why it cannot go on here and now."""
         self.num_resumed = 0
         self.refill()
 
     def refill(self) -> None:
-        """Puts the trials that nobody runs any more back in line."""
+        """Puts the trials that nobody runs any more back in line.
+
+        One that the cluster is too small for by now is held where it has a checkpoint; else it is
+        an impossible point.
+        """
         for queue in self._waiting.values():
             queue.clear()
-        for asked in self.study.unfinished(self._space):
-            self._waiting[self._space.executor_of(asked.recipe)].append(asked)
+        self._held.clear()
+        for asked in self.study.unfinished(self._space.unasked):
+            reason = self._space.obstacle(asked.recipe)
+            if reason is None:
+                self._waiting[self._space.executor_of(asked.recipe)].append(asked)
+            elif self._is_begun(asked) and self._space.obstacle(asked.recipe, corrected=False):
+                self._held[asked.number] = reason
+            else:
+                self.study.refuse(asked.number, reason)
         self.num_resumed = sum(len(queue) for queue in self._waiting.values())
 
+    def _is_begun(self, asked: Asked) -> bool:
+        return newest_step(self.study.trial_folder(asked.number) / CHECKPOINTS) > 0
+
     def turn_of(self) -> Executor | None:
-        """Returns the executor whose turn it is, or None where nothing is left to do."""
+        """Returns the executor whose turn it is, or None where nothing is left to do.
+
+        Raises:
+            ConfigError: All that is left are trials that are half-trained and cannot go on here.
+        """
         if not any(self._waiting.values()) and (asked := self._ask()) is not None:
             self._waiting[self._space.executor_of(asked.recipe)].append(asked)
         longest = max(self._waiting, key=lambda executor: len(self._waiting[executor]))
+        if not self._waiting[longest] and self._held:
+            held = "; ".join(f"trial {number}: {reason}" for number, reason in self._held.items())
+            raise ConfigError(
+                f"what is left of study {self.study.folder.name!r} is half-trained and cannot go "
+                f"on here: {held}. The checkpoints are kept: the same command goes on from them "
+                "where there is room again"
+            )
         return longest if self._waiting[longest] else None
 
     def next(self, executor: Executor) -> Asked | None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.core.errors import ConfigError
@@ -38,6 +38,25 @@ class RaySession:
     """CPU cores of the largest node."""
     num_gpus: int
     """GPUs of the whole cluster."""
+
+    def now(self) -> RaySession:
+        """Returns the same session with the nodes that its cluster has by now."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return replace(
+            self,
+            node_cpus=int(max((node.get("CPU", 0.0) for node in nodes), default=0.0)),
+            num_gpus=int(sum(node.get("GPU", 0.0) for node in nodes)),
+        )
+
+
+def names_cluster(address: str | None = None) -> bool:
+    """Tells whether a session joins a cluster that is there already."""
+    import ray
+
+    named = address or os.environ.get(ADDRESS_VARIABLE) or "local"
+    return ray.is_initialized() or named != "local"
 
 
 @contextmanager
@@ -101,13 +120,8 @@ def ray_session(
 def _describe(*, is_local: bool) -> RaySession:
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return RaySession(
-        address=str(ray.get_runtime_context().gcs_address),
-        is_local=is_local,
-        node_cpus=int(max((node.get("CPU", 0.0) for node in nodes), default=0.0)),
-        num_gpus=int(sum(node.get("GPU", 0.0) for node in nodes)),
-    )
+    address = str(ray.get_runtime_context().gcs_address)
+    return RaySession(address, is_local=is_local, node_cpus=0, num_gpus=0).now()
 
 
 def _protect_token() -> None:

@@ -81,7 +81,6 @@ def train_on_workers(
         GraftError: What a worker raised, with the worker's own message.
         TrainingError: Workers died again and again, found no room, or the run has left.
     """
-    require_disks(recipe, home)
     needs = worker_needs(recipe)
     config = WorkerConfig(
         recipe=recipe.model_dump_json(),
@@ -104,7 +103,8 @@ def train_on_workers(
         try:
             count = find_room(needs, ask=raise_if_leaving)
             raise_if_leaving()
-            prepare_ops([recipe.scale])  # on nodes that came meanwhile, too
+            require_disks(recipe, home)  # of nodes that came meanwhile, too
+            prepare_ops([recipe.scale])
             raise_if_leaving()
             with _Watch(folder, needs, count, leaves, grow_after_s):
                 if _fit(count, needs.uses_gpu, config, list(callbacks)):

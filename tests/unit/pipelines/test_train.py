@@ -9,9 +9,11 @@ from graft.artifacts import Store
 from graft.cli.main import build_app
 from graft.compressors.folder import load_adapter
 from graft.core.errors import AdapterError, ConfigError, DataError
+from graft.engine.memory.cap import Limits
 from graft.engine.run_folder import read_reports
 from graft.methods.base import HEAD
 from graft.pipelines.adapters import promote
+from graft.pipelines.room import require_room
 from graft.pipelines.train import TrainedAdapter, plan_train, train
 from graft.recipe import RecipeSpace, load_recipe
 
@@ -246,3 +248,14 @@ def test_a_finished_training_whose_adapter_is_damaged_is_refused(
     weights.write_bytes(content)
     with pytest.raises(AdapterError, match="has changed since it was published"):
         train(load_recipe(recipe_file), home=home)
+
+
+def test_room_is_asked_of_the_machines_that_train_not_of_this_one(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file).recipe()
+    require_room(recipe, tmp_path, limits=Limits("cuda", 2**40, 2**40))
+    with pytest.raises(ConfigError, match=r"not enough memory: it needs .*what a worker has"):
+        require_room(recipe, tmp_path, limits=Limits("cuda", 10**6, 2**40))
+    with pytest.raises(ConfigError, match=r"workers on a node need .* of host memory"):
+        require_room(recipe, tmp_path, limits=Limits("cuda", 2**40, 10**6))

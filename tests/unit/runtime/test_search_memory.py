@@ -18,6 +18,7 @@ from graft.engine.run import LoadedRun, load_run
 from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE
 from graft.methods.base import METHODS
 from graft.methods.lora import LoraMethod
+from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
@@ -224,6 +225,45 @@ def test_only_the_best_trial_keeps_its_checkpoint(
     assert study.best().number == numbers[1]
 
 
+def on_any_device(space: RecipeSpace, folder: Path, optimizer: Any) -> RecipeSpace:
+    content = space.content()
+    content["model"]["device"] = "auto"
+    content["train"]["optimizer"] = optimizer
+    path = folder / "any-device.yaml"
+    path.write_text(to_yaml(content))
+    return load_recipe(path)
+
+
+def test_a_point_that_trains_on_a_gpu_only_is_infeasible_where_there_is_none(
+    study: Study, space: RecipeSpace, cap: MemoryCap, tmp_path: Path
+) -> None:
+    space = on_any_device(space, tmp_path, {"choice": ["adamw", "adamw_8bit"]})
+    study.enqueue([{"train/optimizer": name} for name in ("adamw_8bit", "adamw")])
+    roomy = MemoryCap(cap._shape, Limits("cpu", 2**40))
+    asked = TrialQueue(study, space, turn=4, memory=roomy).next("packed")
+    assert asked is not None
+    assert (asked.number, asked.params["train/optimizer"]) == (1, "adamw")
+    assert study.trial(0).state == "infeasible"
+    assert "adamw_8bit trains on a GPU only" in str(study.trial(0).reason)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains it")
+def test_a_space_that_trains_on_a_gpu_only_is_refused_before_there_is_a_study(
+    space: RecipeSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    space = on_any_device(space, tmp_path, "adamw_8bit")
+    with pytest.raises(ConfigError, match="adamw_8bit trains on a GPU only"):
+        tune(space, home=tmp_path / "home")
+    content = space.content()
+    content["model"]["device"] = "cuda"
+    path = tmp_path / "cuda.yaml"
+    path.write_text(to_yaml(content))
+    with pytest.raises(ConfigError, match="torch sees no GPU here; use 'auto'"):
+        tune(load_recipe(path), home=tmp_path / "home", address="10.0.0.1:6379")
+    assert not (tmp_path / "home").exists()
+
+
 def scaled(space: RecipeSpace, folder: Path, **scale: Any) -> RecipeSpace:
     path = folder / "scaled.yaml"
     path.write_text(to_yaml({**space.content(), "scale": scale}))
@@ -246,6 +286,65 @@ def test_more_workers_than_the_cluster_has_are_an_impossible_point(
     assert study.trial(0).state == "infeasible"
     assert "has 1 CPU" in str(study.trial(0).reason)
     assert queue.recipes_for("dedicated") == []
+
+
+def test_a_half_trained_trial_waits_where_the_cluster_has_shrunk(
+    study: Study, space: RecipeSpace, tmp_path: Path
+) -> None:
+    num_cpus = 2
+
+    def admit(recipe: Recipe) -> None:
+        if recipe.scale.min_workers > num_cpus:
+            raise ConfigError(f"the Ray cluster has {num_cpus} CPUs")
+
+    space = scaled(space, tmp_path, workers={"choice": [1, 2]})
+    points = [(2, 2), (2, 4), (1, 4)]
+    study.enqueue([{"scale/workers": workers, "method/r": r} for workers, r in points])
+    study.section = study.section.model_copy(update={"trials": 3})
+    queue = TrialQueue(study, space, turn=4, admit=admit)
+    begun, unbegun = queue.next("dedicated"), queue.next("dedicated")
+    assert begun is not None
+    assert unbegun is not None
+    kept = study.trial_folder(begun.number) / CHECKPOINTS / "step-2"
+    kept.mkdir(parents=True)
+
+    num_cpus = 1
+    queue.refill()
+    assert queue.turn_of() == "packed"
+    other = StudySearcher(queue, "packed")
+    assert isinstance(other.suggest("a"), dict)
+    report(other, "a", 4, 1.0)
+    assert [trial.state for trial in study.trials[:3]] == ["running", "infeasible", "complete"]
+    study.section = study.section.model_copy(update={"trials": 2})
+    with pytest.raises(ConfigError, match=r"trial 0: .* has 1 CPUs\. The checkpoints are kept"):
+        queue.turn_of()
+    assert kept.exists()
+
+    num_cpus = 2
+    queue.refill()
+    assert queue.turn_of() == "dedicated"
+    again = queue.next("dedicated")
+    assert again is not None
+    assert again.number == begun.number
+
+
+def test_a_half_trained_trial_waits_for_memory_that_was_taken_away_but_not_for_what_was_learned(
+    study: Study, space: RecipeSpace, cap: MemoryCap
+) -> None:
+    study.enqueue([{"method/r": 16}, {"method/r": 8}])
+    roomy = MemoryCap(cap._shape, Limits("cpu", 2**40))
+    queue = TrialQueue(study, space, turn=4, memory=roomy)
+    for _ in range(2):
+        asked = queue.next("packed")
+        assert asked is not None
+        (study.trial_folder(asked.number) / CHECKPOINTS / "step-2").mkdir(parents=True)
+    smaller = Limits("cpu", round(roomy.need([space.fix({"method/r": 8})]) + 1000))
+    queue = TrialQueue(study, space, turn=4, memory=MemoryCap(cap._shape, smaller))
+    assert queue.num_resumed == 1
+    assert [trial.state for trial in study.trials] == ["running", "running"]
+    taught = cap.limits._replace(factor=1.2)
+    TrialQueue(study, space, turn=4, memory=MemoryCap(cap._shape, taught))
+    assert "times 1.20 as measured" in str(study.trial(0).reason)
 
 
 def test_a_trial_that_recomputes_otherwise_than_the_pack_runs_for_itself(
