@@ -131,6 +131,12 @@ def test_ray_up_nodes_ask_for_the_token_and_keep_the_head_free(path: Path) -> No
     assert any("mountpoint -q /mnt/graft" in command for command in config["setup_commands"])
 
 
+@pytest.mark.parametrize("path", [p for p in RAY_UP if p.stem != "onprem"], ids=name_of)
+def test_nodes_that_ray_up_makes_have_what_offload_is_compiled_with(path: Path) -> None:
+    (installed,) = [c for c in read(path)["setup_commands"] if "apt-get install" in c]
+    assert {"g++", "libaio-dev"} <= set(installed.split())
+
+
 @pytest.mark.parametrize("path", KUBERAY, ids=name_of)
 def test_kuberay_files_have_known_fields_a_token_and_a_free_head(path: Path) -> None:
     cluster = cluster_of(path)
