@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from graft.core.seeds import derive_seed
+from graft.core.spaces import Choice, Space
 from graft.methods._own_weights import OwnWeightsMethod
 from graft.methods.base import METHODS, Surroundings
 
@@ -37,6 +38,11 @@ class HalfMethod(OwnWeightsMethod):
     type: Literal["half"] = "half"
     round_steps: int = Field(50, ge=1)
     """Steps of a round; the next one picks anew."""
+
+    @classmethod
+    def search_space(cls) -> dict[str, Space]:
+        """Lengths of a round that fit short searches, and the learning rate."""
+        return {"method.round_steps": Choice(values=(5, 10, 25)), **super().search_space()}
 
     def refusals(self, around: Surroundings) -> list[str]:
         """Also DeepSpeed's processes: they would step frozen weights by momentum and decay."""

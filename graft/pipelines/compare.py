@@ -17,6 +17,7 @@ from graft.core.files import require_writable, sha256_json, write_atomic, write_
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.pipelines.compare_contestants import ALL, Contestant, contestants
+from graft.pipelines.compare_earlier import earlier_comparison, require_budget, rows_left
 from graft.pipelines.compare_process import RunUnit, run_in_fresh_process
 from graft.pipelines.compare_race import Race, steps_done
 from graft.pipelines.compare_rows import common_loss, front_of, with_seconds
@@ -73,10 +74,15 @@ def plan_compare(
     """Says what `compare` would do; starts nothing and writes nothing.
 
     Raises:
-        ConfigError: An unknown method, or a recipe that cannot be compared with.
+        ConfigError: An unknown method, a recipe that cannot be compared with, or a budget that an
+            earlier run of this comparison forbids.
     """
     points = budget or space.sections().search.trials
-    return _plan(space, home, contestants(space, methods, points), points)
+    entered = contestants(space, methods, points)
+    require_budget(_folder(space, home), entered, points)
+    plan = _plan(space, home, entered, points)
+    earlier_comparison(_folder(space, home) / RECORD_FILE, plan)
+    return plan
 
 
 def compare(
@@ -91,7 +97,8 @@ def compare(
     """Compares tuning methods, or goes on with a comparison that was interrupted.
 
     Units run one after another, each in a process of its own, so that speed and memory are those
-    of one method alone. What refuses or breaks is a row with its reason; the others go on.
+    of one method alone. What refuses or breaks is a row with its reason; the others go on. Rows of
+    methods that an earlier run of this comparison had and this one does not name stay.
 
     Args:
         space: The recipe; its `method` and `train.lr` are not read.
@@ -103,7 +110,8 @@ def compare(
 
     Raises:
         ConfigError: An unknown method, a recipe that cannot be compared with, or a comparison of
-            this name that was begun with other settings or is being run elsewhere.
+            this name that was begun with other settings or a larger budget, or is being run
+            elsewhere.
         DataError: The data or the general text is unusable.
         ModelError: The base is missing or unsuitable.
     """
@@ -113,8 +121,10 @@ def compare(
     require_writable(folder, "the comparison", keep=False)
     facts = _facts(space, home, progress)
     with _only_driver(folder):
+        require_budget(folder, entered, points)
         _guard(folder, facts, entered)
         plan = _plan(space, home, entered, points)
+        earlier = earlier_comparison(folder / RECORD_FILE, plan)
         left = plan.num_steps - plan.num_steps_done
         with progress.task(f"comparing {plan.name}", left, "step") as task:
             race = Race(
@@ -126,6 +136,9 @@ def compare(
                 task=task,
             )
             rows = [race.row(one, _study_facts(one, facts, space)) for one in entered]
+        if earlier is not None:
+            rows += rows_left(earlier, plan)
+            race.bases = {**earlier.bases, **race.bases}
         result = _summary(space, plan, rows, race.bases)
         write_atomic(folder / RECORD_FILE, result.model_dump_json(indent=2) + "\n")
         write_atomic(folder / PAGE_FILE, render_comparison(result))
@@ -141,7 +154,7 @@ def _plan(
 ) -> ComparePlan:
     section, steps = space.sections().compare, space.example().train.steps
     folder = _folder(space, home)
-    num_able = sum(one.space is not None for one in entered)
+    able = [one for one in entered if one.space is not None]
     return ComparePlan(
         name=space.sections().name,
         folder=str(folder),
@@ -155,7 +168,8 @@ def _plan(
         search_steps=section.search_steps,
         steps=steps,
         num_seeds=section.seeds,
-        num_steps=num_able * (points * section.search_steps + section.seeds * steps),
+        num_steps=sum(one.num_points for one in able) * section.search_steps
+        + len(able) * section.seeds * steps,
         num_steps_done=sum(steps_done(folder, one, steps) for one in entered),
     )
 

@@ -36,6 +36,13 @@ class Contestant:
     reason: str | None = None
     """Why it is refused."""
 
+    @property
+    def num_points(self) -> int:
+        """Points of its search: the budget, or the only one where nothing is open."""
+        if self.space is None:
+            return 0
+        return 1 if self.space.is_complete else self.space.sections().search.trials
+
     def start(self) -> dict[str, Any]:
         """Returns the first point: the method's own defaults, the middle of other ranges."""
         assert self.space is not None  # only who takes part is searched
@@ -163,3 +170,18 @@ def final_recipe(best: Recipe, *, steps: int, seed: int) -> Recipe:
     except ValidationError as error:
         words = "; ".join(str(detail["msg"]) for detail in error.errors(include_url=False))
         raise ConfigError(f"at train.steps {steps}: {words}") from error
+
+
+def final_recipes(contestant: Contestant, params: dict[str, Any], steps: int) -> list[Recipe]:
+    """Returns a searched point at its full length, once a seed that the search has not seen.
+
+    Raises:
+        ConfigError: The method refuses that length.
+    """
+    assert contestant.space is not None  # refused ones have no point
+    best = contestant.space.fix(params)
+    first = best.train.seed + 1
+    return [
+        final_recipe(best, steps=steps, seed=seed)
+        for seed in range(first, first + best.compare.seeds)
+    ]

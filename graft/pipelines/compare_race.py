@@ -20,7 +20,7 @@ from graft.core.errors import (
 from graft.core.files import write_atomic
 from graft.core.model import StrictModel
 from graft.core.progress import Progress, Task
-from graft.pipelines.compare_contestants import Contestant, final_recipe
+from graft.pipelines.compare_contestants import Contestant, final_recipes
 from graft.pipelines.compare_process import RunUnit, UnitCrashError
 from graft.pipelines.compare_rows import done_row
 from graft.pipelines.compare_unit import UnitSpec
@@ -102,13 +102,9 @@ class Race:
             self._search(contestant, study)
             best = study.best()
             points = [_point(trial) for trial in study.trials if trial.has_ended]
-        searched = contestant.space.fix(best.params)
-        first = searched.train.seed + 1
-        seeds = [
-            self._final(contestant, final_recipe(searched, steps=self._steps, seed=seed))
-            for seed in range(first, first + searched.compare.seeds)
-        ]
-        method = searched.method
+        finals = final_recipes(contestant, best.params, self._steps)
+        seeds = [self._final(contestant, recipe) for recipe in finals]
+        method = finals[0].method
         return done_row(
             contestant,
             points,
@@ -123,16 +119,11 @@ class Race:
         """Runs the points that are left, those that an interruption cut short first."""
         assert contestant.space is not None
         left = study.unfinished(contestant.space)
-        while True:
-            if left:
-                asked = left.pop(0)
-            elif study.num_remaining > 0 and (new := study.ask(contestant.space)) is not None:
-                asked = new
-            else:
-                return
+        while left or sum(t.uses_budget for t in study.trials) < contestant.num_points:
+            asked = left.pop(0) if left else study.ask(contestant.space)
+            if asked is None:
+                return  # every point of a grid has been tried
             self._try_point(contestant, study, asked)
-            if contestant.space.is_complete:
-                return  # nothing is open, so another point would be this one again
 
     def _try_point(self, contestant: Contestant, study: Study, asked: Asked) -> None:
         self._progress.note(f"{contestant.name}: point {asked.number + 1}, {asked.params}")
@@ -149,8 +140,7 @@ class Race:
         self._task.advance(asked.recipe.train.steps, method=contestant.name)
 
     def _final(self, contestant: Contestant, recipe: Recipe) -> SeedFacts:
-        seed, digest = recipe.train.seed, trial_digest(recipe)[:12]
-        path = method_folder(self._folder, contestant) / f"seed-{seed}-{digest}.json"
+        seed, path = recipe.train.seed, _final_path(self._folder, contestant, recipe)
         if (known := _read(path, SeedFacts)) is not None:
             return known
         self._progress.note(f"{contestant.name}: final training, seed {seed}")
@@ -185,23 +175,44 @@ def method_folder(folder: Path, contestant: Contestant) -> Path:
     return folder / "methods" / contestant.name
 
 
+def points_done(folder: Path, contestant: Contestant) -> int:
+    """Points of a method's search that have ended."""
+    study = _study(folder, contestant)
+    return 0 if study is None else sum(trial.has_ended for trial in study.trials)
+
+
 def steps_done(folder: Path, contestant: Contestant, steps: int) -> int:
-    """Training steps of a method whose records are there already.
+    """Training steps of a method's row that are done already; trainings of an earlier best are not.
 
     Args:
         folder: Of the comparison.
         contestant: Whose records.
         steps: Of a final training.
     """
+    study = _study(folder, contestant)
+    if study is None or contestant.space is None:
+        return 0
+    ended = min(sum(trial.has_ended for trial in study.trials), contestant.num_points)
+    try:
+        finals = final_recipes(contestant, study.best().params, steps)
+    except (TrainingError, ConfigError, KeyError):  # no best, or one of another recipe
+        finals = []
+    trained = sum(_final_path(folder, contestant, recipe).exists() for recipe in finals)
+    return ended * contestant.space.sections().compare.search_steps + trained * steps
+
+
+def _study(folder: Path, contestant: Contestant) -> Study | None:
     from graft.runtime.study import JOURNAL, read_study
 
     own = method_folder(folder, contestant)
     if contestant.space is None or not (own / JOURNAL).exists():
-        return 0
-    sections = contestant.space.sections()
-    trials = read_study(own, sections.search).trials
-    ended = sum(trial.has_ended for trial in trials)
-    return ended * sections.compare.search_steps + len(list(own.glob("seed-*.json"))) * steps
+        return None
+    return read_study(own, contestant.space.sections().search)
+
+
+def _final_path(folder: Path, contestant: Contestant, recipe: Recipe) -> Path:
+    name = f"seed-{recipe.train.seed}-{trial_digest(recipe)[:12]}.json"
+    return method_folder(folder, contestant) / name
 
 
 def _read(path: Path, result: type[T]) -> T | None:

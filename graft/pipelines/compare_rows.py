@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
@@ -66,17 +67,20 @@ def _over_seeds(values: Sequence[MetricValue | None]) -> MetricValue | None:
 
 
 def common_loss(rows: Sequence[MethodFacts]) -> float | None:
-    """The held-out loss that every training reached: the worst of their best."""
-    best = [
-        min(point.loss for point in seed.curve if point.steps) for row in rows for seed in row.seeds
-    ]
-    return max(best, default=None)
+    """The lowest held-out loss that all trainings reached: the worst of their best.
+
+    A method that never comes below the lowest start is left out: to a loss that others start with
+    there is no time to measure.
+    """
+    start = min((seed.curve[0].loss for row in rows for seed in row.seeds), default=math.inf)
+    worst = [max(_lowest(seed.curve) for seed in row.seeds) for row in rows if row.seeds]
+    return max((loss for loss in worst if loss < start), default=None)
 
 
 def with_seconds(row: MethodFacts, loss: float | None) -> MethodFacts:
-    """Adds how long the method trained until that loss."""
-    if loss is None or not row.seeds:
-        return row
+    """Adds how long the method trained until that loss; None where a training never got there."""
+    if loss is None or not row.seeds or any(_lowest(seed.curve) > loss for seed in row.seeds):
+        return row.model_copy(update={"seconds_to_loss": None})
     seconds = fmean(seconds_to(seed.curve, loss) for seed in row.seeds)
     return row.model_copy(update={"seconds_to_loss": seconds})
 
@@ -95,6 +99,10 @@ def seconds_to(curve: Sequence[LossPoint], loss: float) -> float:
             return before.seconds + share * (point.seconds - before.seconds)
         before = point
     raise ValueError(f"the curve never reaches {loss}; its best is {min(p.loss for p in curve)}")
+
+
+def _lowest(curve: Sequence[LossPoint]) -> float:
+    return min(point.loss for point in curve if point.steps)
 
 
 def front_of(

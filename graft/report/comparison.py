@@ -52,8 +52,9 @@ def explanation(comparison: Comparison) -> str:
         "training ran alone, in a process of its own. Values are means over these trainings, "
         "intervals reach from the lowest to the highest end of their bootstrap intervals "
         f"over held-out rows. {_MEMORY_WORDS[memory]} Seconds to the same loss: training time "
-        f"until the held-out loss that every training reached{loss}. Forgetting is the growth of "
-        "the perplexity on general text."
+        f"until the lowest held-out loss that all methods reached{loss}, those aside that never "
+        "came below the lowest loss before training. Forgetting is the growth of the perplexity on "
+        "general text."
     )
 
 
@@ -174,7 +175,7 @@ def _learning(comparison: Comparison) -> str:
         return empty("No method was trained to its end.")
     rules = []
     if comparison.common_loss is not None:
-        rules = [Rule(comparison.common_loss, "y", "limit", "reached by all")]
+        rules = [Rule(comparison.common_loss, "y", "limit", "the same loss")]
     svg = plot(
         x_label="training time, s",
         y_label="held-out loss, nats a token",

@@ -98,7 +98,7 @@ class MethodFacts(StrictModel):
     tokens_per_s: float | None = None
     """Mean over seeds."""
     seconds_to_loss: float | None = None
-    """Training seconds to the comparison's `common_loss`, mean over seeds."""
+    """Training seconds to the comparison's `common_loss`, mean over seeds; None: never there."""
     file_bytes: int | None = None
     metrics: dict[str, MetricValue] = Field(default_factory=dict)
     """Mean over seeds, from the lowest to the highest end of the seeds' own intervals."""
@@ -133,7 +133,8 @@ class Comparison(StrictModel):
     """Metric of the plots and the front: the first that needs answers, else the perplexity."""
     quality_mode: Literal["min", "max"]
     common_loss: float | None = None
-    """Held-out loss that every training reached: the worst of their best."""
+    """Held-out loss that all methods reached which came below every start: the worst of their
+    best."""
     methods: Listed[MethodFacts]
     front: Listed[str] = ()
     """Methods that none beats in quality, memory and size at once."""

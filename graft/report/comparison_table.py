@@ -30,7 +30,7 @@ def columns(comparison: Comparison) -> list[Column]:
         Column("trainable", _trainable),
         Column("peak memory", lambda row: _bytes(row.peak_bytes)),
         Column("tokens/s", lambda row: _number(row.tokens_per_s)),
-        Column("s to the same loss", lambda row: _number(row.seconds_to_loss)),
+        Column("s to the same loss", _seconds),
         Column("file", lambda row: _bytes(row.file_bytes)),
         Column("perplexity", lambda row: _value(row.metrics.get("eval/perplexity"))),
         *(Column(_heading(name), _metric(name)) for name in metrics),
@@ -66,6 +66,12 @@ def _trainable(row: MethodFacts) -> str:
     if row.num_trainable is None or row.trainable_share is None:
         return ""
     return f"{row.num_trainable:,} ({row.trainable_share:.3%})"
+
+
+def _seconds(row: MethodFacts) -> str:
+    if row.seconds_to_loss is None:
+        return "never" if row.seeds else ""
+    return number(row.seconds_to_loss)
 
 
 def _metric(name: str) -> Callable[[MethodFacts], str]:

@@ -102,7 +102,7 @@ def command(
     """Compare tuning methods: each searched alike in its own space, its best trained again.
 
     The same command goes on with a comparison that was interrupted. A method that cannot run is a
-    row with the reason.
+    row with the reason. Rows of methods that an earlier run named stay.
     """
     from graft.core.home import resolve_home
     from graft.pipelines.compare import compare, plan_compare

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from graft.core.spaces import Choice
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.train import SlotState, Trainer
 from graft.methods.half import HalfMethod
@@ -97,6 +98,12 @@ def test_the_choice_depends_on_seed_and_round_alone() -> None:
     assert method.trained_at(names, 0, seed=1) == method.trained_at(names, 9, seed=1)
     assert method.trained_at(names, 0, seed=1) != method.trained_at(names, 10, seed=1)
     assert method.trained_at(names, 0, seed=1) != method.trained_at(names, 0, seed=2)
+
+
+def test_a_search_tries_rounds_that_end_within_it() -> None:
+    spaces = HalfMethod.search_space()
+    assert set(spaces) == {"method.round_steps", "train.lr"}
+    assert spaces["method.round_steps"] == Choice(values=(5, 10, 25))
 
 
 def test_fused_projections_and_experts_are_halved_too() -> None:

@@ -15,12 +15,13 @@ from graft.cli.verbs.compare import broken
 from graft.core.errors import ConfigError, TrainingError
 from graft.core.progress import QUIET, Progress
 from graft.methods.base import METHODS
+from graft.methods.lora import LoraMethod
 from graft.pipelines.compare import Comparison, compare, plan_compare
 from graft.pipelines.compare_process import UnitCrashError, run_in_fresh_process
-from graft.pipelines.compare_rows import seconds_to
+from graft.pipelines.compare_rows import common_loss, seconds_to, with_seconds
 from graft.pipelines.compare_unit import UnitSpec, run_unit
 from graft.recipe.load import load_recipe, to_yaml
-from graft.report.comparison_facts import LossPoint, SeedFacts
+from graft.report.comparison_facts import LossPoint, MethodFacts, SeedFacts
 from graft.report.comparison_table import columns
 
 VARIANTS = [
@@ -161,6 +162,70 @@ def test_a_larger_budget_adds_points_and_no_more(recipe_file: Path) -> None:
     assert units.kinds == ["point", *["seed"] * (2 if was_better else 0)]
 
 
+def test_progress_counts_the_trainings_of_the_row_and_none_of_an_earlier_best(
+    recipe_file: Path,
+) -> None:
+    (row,) = compared(recipe_file, Units(), ["small"]).methods
+    plan = plan_compare(load_recipe(recipe_file), home=recipe_file.parent / "home", methods=VARIED)
+    assert (plan.num_steps, plan.num_steps_done) == (2 * (2 + 2 * 4), 2 + 2 * 4)
+    for seed in row.seeds:  # as a best point leaves them that another one has beaten since
+        name = f"comparisons/tiny/methods/small/seed-{seed.seed}-{'0' * 12}.json"
+        (recipe_file.parent / "home" / name).write_text(seed.model_dump_json())
+    again = plan_compare(load_recipe(recipe_file), home=recipe_file.parent / "home", methods=VARIED)
+    assert again.num_steps_done == plan.num_steps_done
+
+
+def test_where_nothing_is_open_one_point_is_all_there_is(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraMethod, "search_space", classmethod(lambda cls: {}))
+    three = "search.trials=3"
+    units = Units()
+    (row,) = compared(recipe_file, units, ["small"], three).methods
+    assert units.kinds == ["base", "point", "seed", "seed"]
+    assert len(row.points) == 1
+    again = Units()
+    assert compared(recipe_file, again, ["small"], three).methods[0] == row
+    assert not again.done
+    home = recipe_file.parent / "home"
+    plan = plan_compare(load_recipe(recipe_file, [three]), home=home, methods=["small"])
+    assert plan.num_steps == plan.num_steps_done == 2 + 2 * 4
+
+
+def test_a_budget_below_what_a_method_was_searched_is_refused(recipe_file: Path) -> None:
+    compared(recipe_file, Units(), ["small"], "search.trials=2")
+    units = Units()
+    with pytest.raises(ConfigError, match=r"small at 2 points already.*--budget.* to 2 or more"):
+        compared(recipe_file, units, VARIED)
+    assert not units.done
+    with pytest.raises(ConfigError, match=r"small at 2 points already"):
+        plan_compare(load_recipe(recipe_file), home=recipe_file.parent / "home", methods=VARIED)
+
+
+def test_rows_of_an_earlier_run_stay_on_the_page(recipe_file: Path) -> None:
+    (small,) = compared(recipe_file, Units(), ["small"]).methods
+    units = Units()
+    result = compared(recipe_file, units, ["rslora"])
+    assert units.kinds == ["point", "seed", "seed"]
+    assert [row.name for row in result.methods] == ["rslora", "small"]
+    assert result.methods[1].seeds == small.seeds
+    assert result.bases
+    page = recipe_file.parent / "home" / "comparisons" / "tiny" / "comparison.json"
+    assert Comparison.model_validate_json(page.read_text()) == result
+
+
+def test_rows_that_would_stay_need_the_same_budget_and_seeds(recipe_file: Path) -> None:
+    compared(recipe_file, Units(), ["small"])
+    for override in ("search.trials=2", "compare.seeds=3"):
+        units = Units()
+        with pytest.raises(ConfigError, match=r"has small with budget 1 and 2 seeds, .*name these"):
+            compared(recipe_file, units, ["rslora"], override)
+        assert not units.done
+    (recipe_file.parent / "home" / "comparisons" / "tiny" / "comparison.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"no record of a comparison; remove it"):
+        compared(recipe_file, Units(), ["rslora"])
+
+
 def test_other_settings_under_the_same_name_are_refused_by_name(recipe_file: Path) -> None:
     compared(recipe_file, Units(), ["small"])
     with pytest.raises(ConfigError, match="another train, objective"):
@@ -272,6 +337,40 @@ def test_seconds_to_a_loss_are_in_proportion_between_measurements() -> None:
     assert seconds_to(curve, 3.5) == 1.0
     assert seconds_to(curve, 2.0) == 4.0
     assert seconds_to(curve, 9.0) == 0.0
+
+
+def trained(name: str, *losses: float) -> MethodFacts:
+    points = enumerate(losses)
+    curve = [LossPoint(steps=step, seconds=10.0 * step, loss=loss) for step, loss in points]
+    seed = SeedFacts(
+        seed=1,
+        steps=len(losses) - 1,
+        seconds=curve[-1].seconds,
+        tokens_per_s=1.0,
+        train_loss=losses[-1],
+        curve=tuple(curve),
+        loaded_bytes=1,
+        peak_bytes=1,
+        memory="process",
+        num_trainable=1,
+        file_bytes=1,
+        metrics={},
+    )
+    return MethodFacts(name=name, method="lora", state="done", seeds=(seed,))
+
+
+def test_a_method_that_learns_nothing_does_not_set_the_loss_to_reach() -> None:
+    rows = [
+        trained("worse", 3.0, 3.2),
+        trained("late", 4.0, 3.1),  # its own start was worse than what others begin with
+        trained("good", 3.0, 1.0),
+        trained("fair", 3.0, 2.0),
+    ]
+    loss = common_loss(rows)
+    assert loss == 2.0
+    assert [with_seconds(row, loss).seconds_to_loss for row in rows] == [None, None, 5.0, 10.0]
+    assert common_loss(rows[:1]) is None
+    assert with_seconds(rows[0], None).seconds_to_loss is None
 
 
 def test_the_verb_plans_without_writing_and_prints_the_record(recipe_file: Path) -> None:

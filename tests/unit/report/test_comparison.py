@@ -142,6 +142,13 @@ def test_a_column_that_nothing_stands_in_is_left_out() -> None:
     assert "why not" not in [column.heading for column in columns(only_done)]
 
 
+def test_a_method_that_never_came_to_the_common_loss_says_so() -> None:
+    slow = done("slow", 0.1, 1_000_000_000, 1_000).model_copy(update={"seconds_to_loss": None})
+    shown = comparison(slow)
+    (column,) = [c for c in columns(shown) if c.heading == "s to the same loss"]
+    assert [column.text(row) for row in shown.methods] == ["19", "19", "", "never"]
+
+
 def test_labels_of_equal_points_do_not_lie_on_one_another() -> None:
     points = [Point(1.0, 1.0, label=f"name-{k}") for k in range(4)] + [Point(9.0, 2.0)]
     svg = plot(x_label="x", y_label="y", title="t", marks=[Marks(points, "done")])
