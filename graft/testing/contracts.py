@@ -22,6 +22,7 @@ from graft.core.errors import DataError
 from graft.methods.layerwise import LayerMethod
 from graft.methods.whole import WholeMethod
 from graft.metrics.base import Metric, RowOutcome
+from graft.testing._decoding import mixed_answers
 from graft.testing._objective_contract import ObjectiveContract
 from graft.testing._variant_contract import VariantContract, require_bounds
 from graft.testing.tiny import tiny_model
@@ -100,6 +101,20 @@ class MethodContract(VariantContract):
         together = _logits(routed, [None, "a", "b"])
         assert not torch.equal(alone[1], alone[2])
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+    def test_decoded_beside_others_it_answers_as_alone(
+        self, variant: Method, routed: MultiAdapterModel
+    ) -> None:
+        from graft.methods.base import METHODS
+
+        if "native" not in variant.servable:
+            pytest.skip("the native engine does not serve it")
+        lora = METHODS.build({"type": "lora"})
+        for seed, (name, method) in enumerate({"a": variant, "b": variant, "lora": lora}.items()):
+            tensors = _stirred(method, routed, seed=seed, noise=0.6)
+            routed.add_slot(name, method, tensors=tensors)
+        answers = mixed_answers(routed, ["a", None, "b", "lora"])
+        assert len(set(answers)) == len(answers), "answers of other slots are the same"
 
     def test_saved_and_loaded_it_answers_the_same(
         self, variant: Method, routed: MultiAdapterModel, tmp_path: Path
@@ -266,7 +281,7 @@ def _logits(routed: MultiAdapterModel, slots: list[str | None]) -> torch.Tensor:
 
 
 def _stirred(
-    method: Method, routed: MultiAdapterModel, seed: int = 0
+    method: Method, routed: MultiAdapterModel, seed: int = 0, noise: float = 0.02
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Initial tensors with noise on top, so that the adapter does something."""
     import torch
@@ -276,7 +291,7 @@ def _stirred(
         site: {
             key: value
             if key in method.frozen or not value.is_floating_point()
-            else value + 0.02 * torch.randn(value.shape, generator=generator)
+            else value + noise * torch.randn(value.shape, generator=generator)
             for key, value in of_site.items()
         }
         for site, of_site in routed.fresh_tensors(method).items()
