@@ -1,4 +1,4 @@
-"""Two that do the same work take turns: a process each, a few steps at a time, checked first."""
+"""Those that do the same work take turns: a process each, a few steps at a time, checked first."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from graft.recipe.sections import TrainSection
 
 if TYPE_CHECKING:
     import torch
+
+    from graft.data.records import TokenRow
 
 LOSSES_AGREE = {"bf16": 0.02, "fp32": 1e-4}
 """Largest relative difference of the first losses; bf16 rounds the two orders of work apart."""
@@ -23,10 +25,18 @@ GATE_STEPS = 3
 
 
 class Side(Protocol):
-    """One of the two that are compared."""
+    """One of those that are compared."""
 
     def step(self) -> float:
         """Does one optimizer step and returns its loss."""
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A side that is measured at the end of the race, too."""
+
+    def held_out_loss(self) -> float:
+        """Mean loss a supervised token of rows that it never learned from."""
 
 
 class PlainLoop:
@@ -114,6 +124,7 @@ def serve_steps(pipe: Connection, build: Callable[[], Side], threads: int) -> No
             losses.append(side.step())
             seconds.append(time.perf_counter() - began)
         pipe.send({"losses": losses, "seconds": seconds, "peak_bytes": memory.peak_bytes()})
+    pipe.send(side.held_out_loss() if isinstance(side, Judged) else None)
 
 
 def race(
@@ -127,12 +138,13 @@ def race(
 
     Args:
         name: Of the race, for messages.
-        sides: `ours` and `theirs`, made in this order; what makes one can be pickled.
+        sides: `ours` and its rivals, made in this order; what makes one can be pickled.
         options: Rounds, steps and threads.
         tolerance: Largest relative difference of the first losses; None where they cannot agree.
 
     Returns:
-        First losses, step seconds a round and peak bytes, each by side.
+        First losses, step seconds a round, peak bytes and held-out losses (None: not judged), each
+        by side.
 
     Raises:
         SystemExit: The losses of the first steps differ.
@@ -159,44 +171,63 @@ def race(
         for side in list(sides)[:: 1 if at % 2 == 0 else -1]:
             told[side] = _ask(pipes[side], options.steps)
             seconds[side].append(statistics.median(told[side]["seconds"]))
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(None)
+    held_out = {side: _ask(pipe, None) for side, pipe in pipes.items()}
+    for process in processes:
         process.join()
     return {
         "first_losses": gate,
         "step_seconds": seconds,
         "peak_bytes": {side: found["peak_bytes"] for side, found in told.items()},
+        "held_out_losses": held_out,
     }
 
 
-def _ask(pipe: Connection, steps: int) -> dict[str, Any]:
+def _ask(pipe: Connection, steps: int | None) -> Any:
     pipe.send(steps)
-    answer: dict[str, Any] = pipe.recv()
-    return answer
+    return pipe.recv()
 
 
 def require_agreement(name: str, losses: dict[str, list[float]], tolerance: float) -> None:
-    """Refuses to time two sides that do not compute the same.
+    """Refuses to time sides that do not compute the same.
 
     Raises:
         SystemExit: The losses of the first steps differ.
     """
-    for ours, theirs in zip(losses["ours"], losses["theirs"], strict=True):
-        if abs(ours - theirs) > tolerance * abs(theirs):
-            raise SystemExit(f"{name}: losses {losses} differ; nothing was timed")
+    for rival in losses.keys() - {"ours"}:
+        for ours, theirs in zip(losses["ours"], losses[rival], strict=True):
+            if abs(ours - theirs) > tolerance * abs(theirs):
+                raise SystemExit(f"{name}: losses {losses} differ; nothing was timed")
 
 
-def race_figures(name: str, found: dict[str, Any], rival: str) -> dict[str, float]:
-    """Speed and memory as ratios, ours over theirs; the spread is over the rounds."""
-    ours, theirs = found["step_seconds"]["ours"], found["step_seconds"]["theirs"]
+def race_figures(
+    name: str, found: dict[str, Any], rival: str, side: str = "theirs"
+) -> dict[str, float]:
+    """Speed and memory as ratios, ours over a rival side's; the spread is over the rounds."""
+    ours, theirs = found["step_seconds"]["ours"], found["step_seconds"][side]
     speeds = [b / a for a, b in zip(ours, theirs, strict=True)]
     peak = found["peak_bytes"]
     return {
         f"{name}_speed_vs_{rival}": statistics.median(speeds),
         f"{name}_speed_vs_{rival}_worst": min(speeds),
         f"{name}_speed_vs_{rival}_best": max(speeds),
-        f"{name}_memory_vs_{rival}": peak["ours"] / peak["theirs"],
+        f"{name}_memory_vs_{rival}": peak["ours"] / peak[side],
     }
+
+
+def padded(rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
+    """Rows as transformers' forward pass takes them: `input_ids`, `attention_mask`, `labels`."""
+    import torch
+
+    width = max(len(row.input_ids) for row in rows)
+    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+    labels = torch.full((len(rows), width), -100)
+    for at, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[at, :length] = torch.tensor(row.input_ids)
+        mask[at, :length] = 1
+        learned = torch.tensor(row.is_supervised)
+        labels[at, :length][learned] = ids[at, :length][learned]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def add_race_options(parser: argparse.ArgumentParser) -> None:

@@ -50,7 +50,8 @@ class Ours:
 
         self._trainer = Trainer(run.model, template=run.template)
         self._trainer.join("own", run.recipe, run.prepared.train)
-        save_adapter(start, Adapter(run.recipe.method, run.model.tensors("own")), "base")
+        if not start.exists():  # where both sides are ours, either starts from the seed's weights
+            save_adapter(start, Adapter(run.recipe.method, run.model.tensors("own")), "base")
 
     def step(self) -> float:
         """One step of the slot."""
@@ -257,10 +258,12 @@ def recipe_of(
 
 
 def figures_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Speeds and memory of all objectives."""
+    """Speeds and memory of all objectives; beside supervised tuning only memory is compared."""
     figures: dict[str, float] = {}
     for row in rounds:
-        figures |= race_figures(row["objective"], row, CONTESTS[row["objective"]].rival)
+        rival = CONTESTS[row["objective"]].rival
+        found = race_figures(row["objective"], row, rival)
+        figures |= {k: v for k, v in found.items() if rival == "trl" or "_memory_" in k}
     return figures
 
 
