@@ -190,9 +190,7 @@ def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> 
     _require_safe_host(plan.settings)
     port = _free_port(plan.settings)
     with progress.task("start serving", 2, "stage") as task, _quiet_serve():
-        ray_serve.start(
-            proxy_location="HeadOnly", http_options={"host": plan.settings.host, "port": port}
-        )
+        _start_proxy(plan.settings.host, port)
         task.advance()
         try:
             ray_serve.run(build_application(plan, tenants), name=plan.name, route_prefix="/")
@@ -216,6 +214,30 @@ def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> 
     )
     write_json(plan.home / "serve" / f"{plan.name}.json", report.model_dump(mode="json"))
     return report
+
+
+def _start_proxy(host: str, port: int) -> None:
+    """Starts Ray Serve with one HTTP proxy, or joins the Serve that runs already.
+
+    Serve gives a proxy up that a busy machine is slow to start, or that dies, and starts another;
+    only its first wait for one does not know that, so a second call joins what is there.
+
+    Raises:
+        ServingError: There is no Serve to join either.
+    """
+    from ray import serve as ray_serve
+    from ray.exceptions import RayActorError
+
+    def start() -> None:
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+
+    try:
+        try:
+            start()
+        except (RayActorError, TimeoutError):
+            start()
+    except (RayActorError, TimeoutError) as error:
+        raise ServingError(f"Ray Serve could not start: {error}") from error
 
 
 def _require_servable(

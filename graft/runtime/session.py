@@ -17,6 +17,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise Ray warns about its own future default
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # by default 3 x 5 s, which a busy machine needs
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default polls reports every 2 s
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # events.jsonl is our own record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the command, not one of its searches
