@@ -13,6 +13,7 @@ from graft.recipe.sections import Recipe
 if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits
     from graft.engine.run import LoadedRun
+    from graft.runtime.placement import PackPlace
     from graft.runtime.trials import Loss
 
 
@@ -102,23 +103,19 @@ def start_pack(
     home: Path,
     *,
     slots: int,
-    node_cpus: int,
-    num_gpus: int,
+    place: PackPlace,
     limits: Limits | None = None,
 ) -> Any:  # an actor handle, which Ray leaves untyped
-    """Starts a pack actor that lives as long as this driver's job.
-
-    It leaves a core's worth of logical CPU to the light trials beside it; its threads are all
-    cores, for the trials wait while it computes.
-    """
+    """Starts a pack actor that lives as long as this driver's job, in its place."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    threads = recipe.scale.threads or max(1, node_cpus)
-    uses_gpu = recipe.model.device != "cpu" and num_gpus > 0
+    threads = recipe.scale.threads or place.threads
     actor = ray.remote(PackActor).options(
         name=name,
-        num_cpus=max(node_cpus - 1, 1) if node_cpus > 1 else 0.5,
-        num_gpus=1 if uses_gpu else 0,
+        num_cpus=place.cpus,
+        num_gpus=place.gpus,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False),
         max_concurrency=2 * slots + 8,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )

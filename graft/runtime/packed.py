@@ -7,19 +7,22 @@ their imports cost.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.tune import Trainable
 
 from graft.runtime.callbacks import TrialCallback
 
+if TYPE_CHECKING:
+    from graft.runtime.packs import Packs
+
 
 class PackedTrial(Trainable):
     """A trial's seat in the pack, as Tune sees it.
 
-    The config has the name of the pack's actor (`pack`), the trial's number (`trial`), its `folder`
-    its last step (`steps`) and the loss at which it stops before (`stop_at_loss`).
+    The config has the name of its pack's actor (`pack`), the trial's number (`trial`), `folder`,
+    last step (`steps`) and the loss at which it stops before (`stop_at_loss`).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -64,9 +67,9 @@ class PackedTrial(Trainable):
 class SeatCallback(TrialCallback):
     """Frees the seats of ended trials from the driver too, for trials whose process is gone."""
 
-    def __init__(self, pack: Any) -> None:
-        self._pack = pack
+    def __init__(self, packs: Packs) -> None:
+        self._packs = packs
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Frees the seat."""
-        self._pack.leave.remote(trial.config["trial"])
+        self._packs.leave(trial.config["trial"])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graft.core.errors import ConfigError, TrainingError
 
@@ -98,6 +98,41 @@ def _count(nodes: Iterable[dict[str, float]], resources: dict[str, float]) -> li
         min(int(node.get(name, 0.0) // amount) for name, amount in resources.items())
         for node in nodes
     ]
+
+
+class PackPlace(NamedTuple):
+    """Where a pack may stand."""
+
+    node_id: str
+    cpus: float
+    """That Ray counts for it."""
+    gpus: int
+    threads: int
+    """For torch."""
+
+
+def pack_places(nodes: Iterable[Mapping[str, Any]], *, uses_gpu: bool) -> list[PackPlace]:
+    """Returns a place for a pack on each device: every GPU, or every node that has a core.
+
+    The packs of a node leave a core's worth of logical CPUs to what else stands there; their
+    threads are all cores, for light trials wait while a pack computes.
+
+    Args:
+        nodes: As `ray.nodes()` describes them.
+        uses_gpu: Whether a pack computes on a GPU.
+    """
+    places: list[PackPlace] = []
+    for node in nodes:
+        resources = node["Resources"]
+        cores, count = int(resources.get("CPU", 0)), 1
+        if uses_gpu:
+            count = int(resources.get("GPU", 0))
+        if not node["Alive"] or not cores or not count:
+            continue
+        cpus = max((cores - 1) // count, 0.5)
+        of_node = PackPlace(node["NodeID"], cpus, int(uses_gpu), max(1, cores // count))
+        places += [of_node] * count
+    return places
 
 
 class Places:

@@ -18,10 +18,9 @@ from graft.core.spaces import Choice, Int
 from graft.engine.run_folder import objective_figures
 from graft.runtime.callbacks import TrialCallback
 from graft.runtime.dedicated import DedicatedTrial
-from graft.runtime.memory import KILLED
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
-from graft.runtime.pack_actor import start_pack
 from graft.runtime.packed import PackedTrial, SeatCallback
+from graft.runtime.packs import Packs
 from graft.runtime.placement import ON_HEAD, node_places, worker_needs
 from graft.runtime.scheduler import StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 EVENTS_FILE = "events.jsonl"
 
 _MAX_VAIN_ROUNDS = 3
-_PACK_ANSWERS_WITHIN_S = 120.0
 _NO_WORDS = "their processes end without a word"
 
 
@@ -114,28 +112,22 @@ class Search:
         return MemoryCap(ModelShape.of(find_config(example.model, self._home)), limits)
 
     def _packed_turn(self, queue: TrialQueue, limits: Limits) -> Loss | None:
-        slots = self._section.pack_slots
-        name = f"graft-pack-{uuid.uuid4().hex[:8]}"
-        pack = start_pack(
-            name,
-            self._space.example(),
+        recipe = self._space.example()
+        with Packs(
+            recipe,
             self._home,
-            slots=slots,
-            node_cpus=self._session.node_cpus,
-            num_gpus=self._session.num_gpus,
+            slots=self._section.pack_slots,
+            uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
             limits=limits,
-        )
-        try:
-            ray.get(pack.seated.remote())  # what is wrong with the model is said once, here
+            progress=self._watch.progress,
+        ) as packs:
             return self._fit(
                 tune.with_resources(PackedTrial, ON_HEAD),
-                StudySearcher(queue, "packed", on_lost=lambda: _loss_of(pack)),
-                concurrent=slots,
-                config={"pack": name},
-                callbacks=[SeatCallback(pack)],
+                StudySearcher(queue, "packed", packs),
+                concurrent=packs.most_trials,
+                config={},
+                callbacks=[SeatCallback(packs)],
             )
-        finally:
-            ray.kill(pack)
 
     def _dedicated_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
         recipes = queue.recipes_for("dedicated")
@@ -331,21 +323,6 @@ def max_steps(space: RecipeSpace) -> int:
     if isinstance(hole, Choice):
         return int(max(hole.values))
     return space.example().train.steps
-
-
-def _loss_of(pack: Any) -> Loss | None:
-    """Says whether a pack is lost, and whether memory was the reason."""
-    try:
-        loss: Loss | None = ray.get(pack.loss.remote(), timeout=_PACK_ANSWERS_WITHIN_S)
-    except ray.exceptions.OutOfMemoryError as error:
-        return Loss(str(error), needed_bytes=0)
-    except ray.exceptions.RayActorError as error:
-        return Loss(
-            f"the pack's process died: {error}", needed_bytes=0 if KILLED in str(error) else None
-        )
-    except ray.exceptions.GetTimeoutError:
-        return Loss(f"the pack has not answered for {_PACK_ANSWERS_WITHIN_S:.0f} s")
-    return loss
 
 
 def _trial_name(trial: Any) -> str:

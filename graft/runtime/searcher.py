@@ -212,6 +212,10 @@ class TrialQueue:
             self._waiting[other].append(asked)
         return None
 
+    def put_back(self, asked: Asked, executor: Executor) -> None:
+        """Puts a trial first in line that nobody runs any more."""
+        self._waiting[executor].appendleft(asked)
+
     def recipes_for(self, executor: Executor) -> list[Recipe]:
         """Returns what an executor may be given: the trials in line for it and the examples."""
         waiting = [asked.recipe for asked in self._waiting[executor]]
@@ -241,35 +245,54 @@ class TrialQueue:
         return asked
 
 
+class Seats:
+    """Where the trials of an executor run; here, each by itself."""
+
+    def has_seat(self) -> bool:
+        """Tells whether another trial may begin now."""
+        return True
+
+    def take(self, number: int) -> dict[str, Any]:
+        """Seats a trial; returns what its process is told of that. Only where there is a seat."""
+        return {}
+
+    def loss_of(self, number: int) -> Loss | None:
+        """Says why what a trial ran in is lost; None where it is not, or not known to be."""
+        return None
+
+    def goes_on_without(self, number: int) -> bool:
+        """Gives up what a trial ran in; tells whether its trials find seats elsewhere."""
+        return False
+
+
 class StudySearcher(Searcher):
     """Tune's view of the study: asks for trials, tells what became of them.
+
+    A trial that ended without a reason of its own, because its seat is lost, is not told anything:
+    it is run again, in this turn where there are other seats. Where memory was the reason, the one
+    of them that needs most turns out to be infeasible.
 
     Args:
         queue: Gives the trials.
         executor: Whose trials.
-        on_lost: Asked when a trial ended without a reason of its own; says whether its runner is
-            lost, in which case the trial is not told anything and will be run again. Where it ran
-            out of memory, the trial that needs most of it turns out to be infeasible.
+        seats: Where they run.
     """
 
-    def __init__(
-        self,
-        queue: TrialQueue,
-        executor: Executor,
-        on_lost: Callable[[], Loss | None] = lambda: None,
-    ) -> None:
+    def __init__(self, queue: TrialQueue, executor: Executor, seats: Seats | None = None) -> None:
         super().__init__()
         self._queue = queue
         self.executor = executor
-        self._on_lost = on_lost
+        self._seats = seats or Seats()
         self._trials: dict[str, Asked] = {}
         self.loss: Loss | None = None
-        """Of the runner of all trials, which are run again."""
+        """Of the seats of all trials, which are run again."""
         self._blamed: dict[int, Failure] = {}
-        """Trial that a runner was lost for → why."""
+        """Trial that a seat was lost for → why."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Gives Tune the next trial's number; its recipe is in its folder."""
+        if self.loss is None and not self._seats.has_seat():
+            return None  # Tune asks again
         asked = None if self.loss else self._queue.next(self.executor)
         if asked is None:
             return str(Searcher.FINISHED)
@@ -287,6 +310,7 @@ class StudySearcher(Searcher):
             "steps": asked.recipe.train.steps,
             "stop_at_loss": asked.recipe.train.stop_at_loss,
             "params": asked.params,
+            **self._seats.take(asked.number),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -328,19 +352,22 @@ class StudySearcher(Searcher):
             study.tell(number, "stopped")
 
     def _failure(self, asked: Asked) -> Failure | None:
-        """Says why a trial failed; None where it was lost with its runner, and is run again."""
+        """Says why a trial failed; None where it was lost with its seat, and is run again."""
         failure = failure_of(self._queue.study.trial_folder(asked.number))
         if failure is not None:
             return self._learn(failure, [asked])
-        loss = self._on_lost()
+        loss = self._seats.loss_of(asked.number)
         if loss is None:
             return Failure(reason="its runner ended without a word")
-        self.loss = loss
+        if loss.needed_bytes is None and self._seats.goes_on_without(asked.number):
+            self._queue.put_back(asked, self.executor)
+            return None
+        self.loss = self.loss or loss
         self._blame(asked, loss)
         return self._blamed.get(asked.number)
 
     def _blame(self, asked: Asked, loss: Loss) -> None:
-        """Finds the trial that a runner ran out of memory for, once: the one that needs most."""
+        """Finds the trial that a pack ran out of memory for, once: the one that needs most."""
         if loss.needed_bytes is None or self._blamed:
             return
         running, memory = [asked, *self._trials.values()], self._queue.memory

@@ -11,6 +11,7 @@ from graft.engine.run_folder import RECIPE_FILE
 from graft.recipe.load import load_recipe
 from graft.runtime.pack_actor import start_pack
 from graft.runtime.packed import PackedTrial
+from graft.runtime.placement import PackPlace
 from tests.ray.test_search import write_recipe
 
 pytestmark = [
@@ -29,7 +30,8 @@ def test_a_process_that_tune_discards_takes_no_seat_and_loses_no_report(
     )
     recipe = load_recipe(path, ["train.lr=0.001"]).example()
     (tmp_path / RECIPE_FILE).write_text(recipe.model_dump_json())
-    pack = start_pack("pack", recipe, tmp_path / "home", slots=2, node_cpus=1, num_gpus=0)
+    place = PackPlace(ray.get_runtime_context().get_node_id(), cpus=0.5, gpus=0, threads=1)
+    pack = start_pack("pack", recipe, tmp_path / "home", slots=2, place=place)
     try:
         config = {"pack": "pack", "trial": 0, "folder": str(tmp_path), "steps": 8}
         discarded = PackedTrial(config)

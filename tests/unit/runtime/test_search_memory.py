@@ -24,7 +24,7 @@ from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.pack import Pack
 from graft.runtime.search import num_concurrent, num_ended, take_turns
-from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, executor_of
+from graft.runtime.searcher import Executor, Seats, StudySearcher, TrialQueue, executor_of
 from graft.runtime.study import Study, open_study
 from graft.runtime.trials import Loss, StudyFacts, fail_trial, failure_of
 
@@ -66,6 +66,16 @@ def cap(space: RecipeSpace, model_folder: Path) -> MemoryCap:
 def study(space: RecipeSpace, tmp_path: Path) -> Iterator[Study]:
     with open_study(tmp_path / "study", space.sections().search, FACTS) as opened:
         yield opened
+
+
+class LostSeats(Seats):
+    """Seats that are all lost, for one reason."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+
+    def loss_of(self, number: int) -> Loss | None:
+        return self._loss
 
 
 def report(searcher: StudySearcher, trial_id: str, steps: int, loss: float) -> None:
@@ -126,7 +136,7 @@ def test_a_lost_pack_fails_its_largest_trial_alone_and_the_others_come_again(
     together = [space.fix({"method/r": rank}) for rank in ranks]
     needed = round(1.5 * roomy.need(together))
     queue = TrialQueue(study, space, turn=4, memory=roomy)
-    searcher = StudySearcher(queue, "packed", on_lost=lambda: Loss("the pack broke", needed))
+    searcher = StudySearcher(queue, "packed", LostSeats(Loss("the pack broke", needed)))
     for name in "abc":
         searcher.suggest(name)
     for name in "abc":
@@ -148,7 +158,7 @@ def test_a_trial_that_waited_for_a_seat_has_no_part_in_what_the_pack_took(
     loss = Loss(
         "the pack broke", round(1.5 * roomy.need([space.fix({"method/r": 8})])), trials=(1,)
     )
-    searcher = StudySearcher(queue, "packed", on_lost=lambda: loss)
+    searcher = StudySearcher(queue, "packed", LostSeats(loss))
     for name in "ab":
         searcher.suggest(name)
     for name in "ab":
@@ -162,7 +172,7 @@ def test_a_pack_that_broke_for_another_reason_fails_no_trial_and_says_why(
 ) -> None:
     study.enqueue([{"method/r": 4}, {"method/r": 8}])
     queue = TrialQueue(study, space, turn=4, memory=cap)
-    searcher = StudySearcher(queue, "packed", on_lost=lambda: Loss("a reward said no"))
+    searcher = StudySearcher(queue, "packed", LostSeats(Loss("a reward said no")))
     for name in "ab":
         searcher.suggest(name)
     for name in "ab":
@@ -179,7 +189,7 @@ def test_trials_that_are_lost_again_and_again_end_the_search_with_the_reason(
     queue, rounds = TrialQueue(study, space, turn=4, memory=cap), []
 
     def turn(executor: Executor) -> Loss | None:
-        searcher = StudySearcher(queue, executor, on_lost=lambda: Loss("the pack broke: KeyError"))
+        searcher = StudySearcher(queue, executor, LostSeats(Loss("the pack broke: KeyError")))
         searcher.suggest("a")
         searcher.on_trial_complete("a", error=True)
         rounds.append(executor)

@@ -1,0 +1,198 @@
+"""The packs of a search: one on every device of the cluster, and which trial sits in which.
+
+A pack takes trials as soon as it has its base; a search begins with the first that has. One that is
+lost with its node, or breaks, is given up: its trials take seats in the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from graft.core.errors import TrainingError
+from graft.core.progress import QUIET, Progress
+from graft.runtime.memory import KILLED
+from graft.runtime.pack_actor import start_pack
+from graft.runtime.placement import PackPlace, pack_places
+from graft.runtime.searcher import Seats
+from graft.runtime.trials import Loss
+
+if TYPE_CHECKING:
+    from graft.engine.memory.cap import Limits
+    from graft.recipe.sections import Recipe
+
+_ANSWERS_WITHIN_S = 120.0
+_LOOK_EVERY_S = 0.5
+_SAY_AFTER_S = 30.0
+
+
+@dataclass
+class _Pack:
+    name: str
+    actor: Any
+    place: PackPlace
+    loaded: Any
+    """Of Ray: resolves once the pack answers."""
+    is_ready: bool = False
+    trials: set[int] = field(default_factory=set)
+
+
+class Packs(Seats):
+    """Starts the packs and seats trials in them; a context manager around one turn.
+
+    Args:
+        recipe: Of any trial: its model and data are those of all.
+        home: Seen by every node.
+        slots: Trials in training at once in each pack.
+        uses_gpu: Whether a pack computes on a GPU.
+        limits: What the machines have.
+        progress: Told when there is no room.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        home: Path,
+        *,
+        slots: int,
+        uses_gpu: bool,
+        limits: Limits | None = None,
+        progress: Progress = QUIET,
+    ) -> None:
+        self._slots = slots
+        self._progress = progress
+        self._packs: dict[str, _Pack] = {}
+        self._pack_of: dict[int, str] = {}
+        """Trial → the pack that it sits in, or sat in last."""
+        self._failure: Exception | None = None
+        """Why the last pack that could not start did not."""
+        for place in pack_places(ray.nodes(), uses_gpu=uses_gpu):
+            name = f"graft-pack-{uuid.uuid4().hex[:8]}"
+            actor = start_pack(name, recipe, home, slots=slots, place=place, limits=limits)
+            self._packs[name] = _Pack(name, actor, place, actor.seated.remote())
+
+    def __enter__(self) -> Packs:
+        """Waits for the first pack that has its base.
+
+        Raises:
+            RayError: None could start; the last of them says why.
+            TrainingError: There is no node for one.
+        """
+        try:
+            self._await_first()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._packs):
+            self._give_up(name)
+
+    @property
+    def most_trials(self) -> int:
+        """Trials that sit at once when all packs are there."""
+        return self._slots * len(self._packs)
+
+    def has_seat(self) -> bool:
+        """Tells whether a pack that has its base has a free seat."""
+        return self._freest() is not None
+
+    def take(self, number: int) -> dict[str, Any]:
+        """Seats a trial where most seats are free."""
+        pack = self._freest()
+        assert pack is not None  # nobody else takes seats between the question and this
+        pack.trials.add(number)
+        self._pack_of[number] = pack.name
+        return {"pack": pack.name}
+
+    def leave(self, number: int) -> None:
+        """Frees a trial's seat, in the pack too: its process may be gone; harmless twice."""
+        pack = self._packs.get(self._pack_of.get(number, ""))
+        if pack is not None and number in pack.trials:
+            pack.trials.remove(number)
+            pack.actor.leave.remote(number)
+
+    def loss_of(self, number: int) -> Loss | None:
+        """Says whether the pack of a trial is lost, and whether memory was the reason."""
+        pack = self._packs.get(self._pack_of[number])
+        if pack is None:
+            return Loss("the pack was lost with another trial of it")
+        loss = _loss(pack.actor)
+        return loss and loss._replace(trials=loss.trials or tuple(pack.trials | {number}))
+
+    def goes_on_without(self, number: int) -> bool:
+        """Gives the lost pack of a trial up; tells whether another one is left."""
+        self._give_up(self._pack_of[number])
+        return any(self._answers(pack) for pack in list(self._packs.values()))
+
+    def _freest(self) -> _Pack | None:
+        free = [
+            pack
+            for pack in list(self._packs.values())
+            if len(pack.trials) < self._slots and self._answers(pack)
+        ]
+        return min(free, key=lambda pack: len(pack.trials), default=None)
+
+    def _answers(self, pack: _Pack) -> bool:
+        """Tells whether a pack has its base; one that never will is given up."""
+        if not pack.is_ready and ray.wait([pack.loaded], timeout=0)[0]:
+            try:
+                ray.get(pack.loaded)
+            except ray.exceptions.RayError as error:
+                self._failure = error
+                self._give_up(pack.name)
+                return False
+            pack.is_ready = True
+        return pack.is_ready
+
+    def _await_first(self) -> None:
+        started, has_said = time.monotonic(), False
+        while not any(self._answers(pack) for pack in list(self._packs.values())):
+            if not self._packs:
+                raise self._failure or TrainingError(
+                    "no node of the cluster has a core for a pack of trials (on GPUs: a core and a "
+                    "GPU); join one, and the same command goes on"
+                )
+            ray.wait([pack.loaded for pack in self._packs.values()], timeout=_LOOK_EVERY_S)
+            if not has_said and time.monotonic() - started > _SAY_AFTER_S:
+                has_said = True
+                self._progress.note(self._waiting_words())
+
+    def _waiting_words(self) -> str:
+        place = next(iter(self._packs.values())).place
+        wanted = f"{place.cpus:g} CPUs" + (" and a GPU" if place.gpus else "")
+        free = ray.available_resources()
+        has = f"{free.get('CPU', 0.0):g} CPUs" + (
+            f" and {free.get('GPU', 0.0):g} GPUs" if place.gpus else ""
+        )
+        return (
+            f"no pack has loaded its base after {_SAY_AFTER_S:.0f} s; one takes {wanted} of a "
+            f"node, and {has} of the cluster are free: end other work there if this does not pass"
+        )
+
+    def _give_up(self, name: str) -> None:
+        pack = self._packs.pop(name, None)
+        if pack is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(pack.actor)
+
+
+def _loss(actor: Any) -> Loss | None:
+    try:
+        loss: Loss | None = ray.get(actor.loss.remote(), timeout=_ANSWERS_WITHIN_S)
+    except ray.exceptions.OutOfMemoryError as error:
+        return Loss(str(error), needed_bytes=0)
+    except ray.exceptions.RayActorError as error:
+        return Loss(
+            f"the pack's process died: {error}", needed_bytes=0 if KILLED in str(error) else None
+        )
+    except ray.exceptions.GetTimeoutError:
+        return Loss(f"the pack has not answered for {_ANSWERS_WITHIN_S:.0f} s")
+    return loss
