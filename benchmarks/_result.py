@@ -18,7 +18,10 @@ def write_result(
     threads: int,
     settings: dict[str, object],
 ) -> None:
-    """Writes the figures, what they were taken from, and the machine they were taken on."""
+    """Writes the figures, what they were taken from, and the machine they were taken on.
+
+    Settings that are paths say nothing of a measurement, and are left out.
+    """
     write_json(
         path,
         {
@@ -30,6 +33,6 @@ def write_result(
                 "threads": threads,
             },
             "versions": tool_versions(),
-            "settings": {key: str(value) for key, value in settings.items()},
+            "settings": {k: str(v) for k, v in settings.items() if not isinstance(v, Path)},
         },
     )
