@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from graft.core.errors import ConfigError
+from graft.core.passwords import mask_passwords
 from graft.recipe.tree import FieldPath, Tree, describe, dotted, read_value
 
 _BRANCH = re.compile(r"\[[^]]*\]")
@@ -26,7 +27,7 @@ def apply_override(tree: Tree, text: str, sections: dict[str, Any]) -> None:
     Raises:
         ConfigError: There is no `=`, a part of the path is empty, or it leads through a scalar.
     """
-    label = f"--set {text}"
+    label = f"--set {mask_passwords(text)}"
     name, equals, value_text = text.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from graft.compressors.base import COMPRESSORS, Compressor
 from graft.core.errors import ConfigError
 from graft.core.model import Variant
+from graft.core.passwords import mask_passwords
 from graft.core.registry import Registry, nearest
 from graft.detectors.base import DETECTORS, Detector
 from graft.methods.base import METHODS, Method
@@ -77,7 +78,8 @@ def report(problems: list[Problem], tree: Tree) -> ConfigError:
 
 def _line(problem: Problem, tree: Tree) -> str:
     shown = dotted(tuple(part for part in problem.path if part != "choice"))
-    return f"{tree.origin(problem.path)}: {shown}: {problem.message}".replace(": : ", ": ")
+    line = f"{tree.origin(problem.path)}: {shown}: {problem.message}".replace(": : ", ": ")
+    return mask_passwords(line)
 
 
 def _line_number(line: str) -> int:

@@ -14,6 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from graft.core.errors import ConfigError
+from graft.core.passwords import mask_passwords
 from graft.core.registry import nearest
 
 FieldPath = tuple[str | int, ...]
@@ -103,7 +104,8 @@ def describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     if isinstance(value, str):
-        shown = value if len(value) <= 60 else value[:57] + "..."
+        masked = mask_passwords(value)
+        shown = masked if len(masked) <= 60 else masked[:57] + "..."
         return f"the text {shown!r}"
     return repr(value)
 
