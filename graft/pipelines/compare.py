@@ -77,8 +77,11 @@ def plan_compare(
         ConfigError: An unknown method, a recipe that cannot be compared with, or a budget that an
             earlier run of this comparison forbids.
     """
+    from graft.runtime.storage import require_storage
+
     points = budget or space.sections().search.trials
     entered = contestants(space, methods, points)
+    require_storage(space.sections().search)
     require_budget(_folder(space, home), entered, points)
     plan = _plan(space, home, entered, points)
     earlier_comparison(_folder(space, home) / RECORD_FILE, plan)
@@ -115,8 +118,11 @@ def compare(
         DataError: The data or the general text is unusable.
         ModelError: The base is missing or unsuitable.
     """
+    from graft.runtime.storage import require_storage
+
     points = budget or space.sections().search.trials
     entered = contestants(space, methods, points)
+    require_storage(space.sections().search)
     folder = _folder(space, home)
     require_writable(folder, "the comparison", keep=False)
     facts = _facts(space, home, progress)

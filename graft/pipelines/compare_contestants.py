@@ -137,7 +137,8 @@ def _contestant(
     content["method"] = method
     content["train"] = {k: v for k, v in content.get("train", {}).items() if k != "lr"}
     content["train"]["steps"] = space.sections().compare.search_steps
-    search = {k: v for k, v in content.get("search", {}).items() if k != "points"}
+    other_starts = ("points", "points_from", "warm_start")
+    search = {k: v for k, v in content.get("search", {}).items() if k not in other_starts}
     content["search"] = {**search, "space": "auto", "trials": budget}
     try:
         own = RecipeSpace(Tree(f"the recipe with {name}", content))

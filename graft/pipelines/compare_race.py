@@ -97,7 +97,7 @@ class Race:
         folder = method_folder(self._folder, contestant)
         search = contestant.space.sections().search
         base = self._base(contestant, contestant.space.example())
-        with open_study(folder, search, facts) as study:
+        with open_study(folder, search, facts, progress=self._progress) as study:
             study.enqueue([contestant.start()])
             self._search(contestant, study)
             best = study.best()
@@ -202,10 +202,11 @@ def steps_done(folder: Path, contestant: Contestant, steps: int) -> int:
 
 
 def _study(folder: Path, contestant: Contestant) -> Study | None:
-    from graft.runtime.study import JOURNAL, read_study
+    from graft.runtime.storage import is_begun
+    from graft.runtime.study import read_study
 
     own = method_folder(folder, contestant)
-    if contestant.space is None or not (own / JOURNAL).exists():
+    if contestant.space is None or not is_begun(own):
         return None
     return read_study(own, contestant.space.sections().search)
 

@@ -96,6 +96,8 @@ def derive_recipe(
         "trials": sections.loop.budget_trials,
         "space": "recipe",
         "points": [{"train.lr": lr / math.sqrt(LR_FACTOR)}],
+        "points_from": [],
+        "warm_start": [],
         "sampler": "auto" if search["sampler"] == "grid" else search["sampler"],
     }
     grace_steps = search["scheduler"].get("grace_steps")

@@ -61,12 +61,13 @@ class TunePlan(StrictModel):
 def plan_tune(space: RecipeSpace, *, home: Path) -> TunePlan:
     """Says what `tune` would do; starts nothing and writes nothing."""
     from graft.recipe.space import describe_space
-    from graft.runtime.study import JOURNAL, read_study
+    from graft.runtime.storage import is_begun
+    from graft.runtime.study import read_study
 
     sections = space.sections()
     folder = home / "studies" / sections.name
     ended = 0
-    if (folder / JOURNAL).exists():
+    if is_begun(folder):
         ended = _num_ended(read_study(folder, sections.search))
     return TunePlan(
         study=sections.name,
@@ -98,10 +99,14 @@ def tune(
         num_cpus: Logical CPUs of a local cluster; None means the machine's.
 
     Raises:
-        ConfigError: Nothing to search; the study is another process's or another recipe's.
-        TrainingError: No trial could be completed.
+        ConfigError: Nothing to search; the study is another process's or another recipe's; its
+            database, or a study that it starts from, cannot be used.
+        MissingDependencyError: The driver of its database is not installed.
+        TrainingError: No trial could be completed, or the study's database went away.
     """
+    from graft.runtime.storage import require_storage
     from graft.runtime.study import open_study
+    from graft.runtime.warm_start import find_earlier, take_over
 
     started = time.monotonic()
     if space.is_complete:
@@ -111,12 +116,15 @@ def tune(
         )
     sections = space.sections()
     _require_device(space, address)
+    require_storage(sections.search)
     folder = home / "studies" / sections.name
     require_writable(folder, "the study", keep=False)
     facts = study_facts(space, home=home, progress=progress)
-    with open_study(folder, sections.search, facts) as study:
+    earlier = find_earlier(space, facts, folder)
+    with open_study(folder, sections.search, facts, progress=progress) as study:
         _save_recipe(space, folder)
         study.enqueue(space.points())
+        take_over(study, earlier, space, progress)
         ended = _num_ended(study)
         if study.num_remaining > 0 or any(t.state == "running" for t in study.trials):
             _search(study, space, home, progress, address, num_cpus)

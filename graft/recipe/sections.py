@@ -20,6 +20,7 @@ from graft.models.section import ModelSection, QuantizationSection
 from graft.objectives.base import Objective
 from graft.recipe.mixture import AnyData, AnyObjective, DataMixture
 from graft.recipe.operation import LoopSection, ServeSection, TrackSection, WatchSection
+from graft.recipe.storage import require_database_url
 
 AnyMethod = Annotated[Method, *METHODS.field()]
 AnyCompressor = Annotated[Compressor, *COMPRESSORS.field()]
@@ -190,9 +191,42 @@ class SearchSection(StrictModel):
     """`auto` adds the vetted ranges of each method and objective to the recipe's holes."""
     points: Listed[dict[str, Any]] = ()
     """Settings to try first, as `{path: value}`."""
+    points_from: Listed[str] = ()
+    """Earlier studies in this home, of any task: their best points are tried first."""
+    warm_start: Listed[str] = ()
+    """Earlier studies in this home, of the same task: the sampler learns from their trials."""
+    storage: str | None = None
+    """PostgreSQL database that keeps the study, `postgresql://USER@HOST:PORT/DATABASE`; None is a
+    journal file in the study's folder."""
+    storage_password_env: str | None = Field(None, pattern=r"^[A-Z_][A-Z0-9_]*$")
+    """Name of the environment variable that holds the database's password; None leaves it to
+    `PGPASSWORD` or `~/.pgpass`."""
     eval_rows: int = Field(64, ge=1)
     """Held-out rows a report during the search; the winner is evaluated on all."""
     seed: int = Field(0, ge=0)
+
+    @field_validator("storage")
+    @classmethod
+    def storage_is_a_database(cls, storage: str | None) -> str | None:
+        """Refuses other databases, and a password in the URL."""
+        return storage if storage is None else require_database_url(storage)
+
+    @model_validator(mode="after")
+    def password_is_of_a_database(self) -> SearchSection:
+        """Refuses a password for nothing."""
+        if self.storage_password_env is not None and self.storage is None:
+            raise ValueError("storage_password_env is the password of `storage`, which is not set")
+        return self
+
+    @model_validator(mode="after")
+    def sampler_learns(self) -> SearchSection:
+        """Refuses history for a sampler that does not look at results."""
+        if self.warm_start and self.sampler in ("random", "grid", "qmc"):
+            raise ValueError(
+                f"sampler {self.sampler} learns nothing from warm_start; use auto or tpe, or "
+                "points_from, which tries the best points of those studies first"
+            )
+        return self
 
 
 class CompareVariant(StrictModel):

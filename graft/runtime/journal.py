@@ -8,6 +8,8 @@ from pathlib import Path
 
 from graft.core.errors import ConfigError
 
+JOURNAL = "study.journal"
+
 
 def repair_journal(path: Path) -> None:
     """Drops a torn last line and a lock file that nobody holds. Call it under the driver's lock.

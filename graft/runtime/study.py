@@ -1,16 +1,13 @@
-"""The study of record: an Optuna study in a journal file. The only module that knows Optuna.
+"""The study of record: an Optuna study in a journal file or a database.
 
-What has been proposed, tried and measured is in `study.journal` and nowhere else; a search that
-died is continued from it. One process at a time may drive a study; any number may read it,
+What has been proposed, tried and measured is there and nowhere else; a search that died is
+continued from it. One process at a time may drive a study; any number may read it,
 `optuna-dashboard` among them.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import ConfigError, TrainingError
-from graft.core.files import require_writable, write_json
+from graft.core.progress import QUIET, Progress
 from graft.core.seeds import derive_seed
 from graft.core.spaces import Float, Int, Space
-from graft.runtime.journal import repair_journal
+from graft.runtime.postgres import PATIENCE_S
+from graft.runtime.storage import Kept, storage_to_drive, storage_to_read
 from graft.runtime.trials import (
     Asked,
+    Earlier,
     Outcome,
     Sampled,
     StudyFacts,
@@ -39,11 +38,11 @@ if TYPE_CHECKING:
 
     from graft.recipe.sections import Recipe, SearchSection
 
-JOURNAL = "study.journal"
-
 _MAX_INFEASIBLE_IN_A_ROW = 100
 _STARTUP_TRIALS = 8
 """Random points before the sampler learns from results."""
+_EARLIER = "earlier"
+"""Marks a trial of another study with where it is from."""
 
 
 class Study:
@@ -61,8 +60,11 @@ class Study:
 
     @property
     def trials(self) -> list[TrialRecord]:
-        """All trials in the order of their numbers, those told infeasible included."""
-        return [_record(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        """All trials in the order of their numbers, those told infeasible included.
+
+        Trials of earlier studies, which only the sampler sees, are not among them.
+        """
+        return [_record(frozen) for frozen in self._own()]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
@@ -92,6 +94,11 @@ class Study:
         """Keeps what became of the best trial."""
         self._study.set_user_attr("winner", winner.model_dump(mode="json"))
 
+    @property
+    def facts(self) -> StudyFacts:
+        """What its trials share."""
+        return StudyFacts.model_validate(self._study.user_attrs["facts"])
+
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Puts settings in front, each once however often it is called.
 
@@ -99,8 +106,47 @@ class Study:
             points: Parameter name → value (a section choice by its label); what a point leaves out
                 is sampled.
         """
+        known = [f.system_attrs.get("fixed_params", f.params) for f in self._own()]
         for point in points:
-            self._study.enqueue_trial(dict(point), skip_if_exists=True)
+            if dict(point) not in known:
+                self._study.enqueue_trial(dict(point))
+                known.append(dict(point))
+
+    @property
+    def taken(self) -> list[str]:
+        """What `take` has taken."""
+        return list(self._study.user_attrs.get("taken", []))
+
+    def take(
+        self, what: str, space: Sampled, points: Sequence[dict[str, Any]], trials: Sequence[Earlier]
+    ) -> None:
+        """Takes points and history over from another study, each once however often it is called.
+
+        Args:
+            what: Names that study, and how it is used.
+            space: Of this study; it has all those trials.
+            points: Are tried first.
+            trials: Are what the sampler learns from. They use no budget and cannot win.
+        """
+        from optuna.trial import FixedTrial, create_trial
+
+        self.enqueue(points)
+        frozen = self._study.get_trials(deepcopy=False)
+        known = {f.user_attrs.get(_EARLIER) for f in frozen}
+        for trial in trials:
+            if trial.source in known:
+                continue
+            fixed = FixedTrial(trial.params)
+            space.sample(self._suggest(fixed))
+            self._study.add_trial(
+                create_trial(
+                    params=fixed.params,
+                    distributions=fixed.distributions,
+                    values=[trial.metrics[o.metric] for o in self.section.objectives],
+                    user_attrs={_EARLIER: trial.source},
+                )
+            )
+        self._study.set_user_attr("taken", [*self.taken, what])
 
     def ask(self, space: Sampled) -> Asked | None:
         """Proposes the next trial, or None where a grid has no new point.
@@ -242,7 +288,7 @@ class Study:
             for o in self.section.objectives
         ]
 
-    def _suggest(self, trial: optuna.trial.Trial) -> Suggest:
+    def _suggest(self, trial: optuna.trial.BaseTrial) -> Suggest:
         is_grid = self.section.sampler == "grid"
 
         def suggest(name: str, space: Space) -> Any:
@@ -276,6 +322,9 @@ class Study:
             for t in self.trials
         )
 
+    def _own(self) -> list[optuna.trial.FrozenTrial]:
+        return [f for f in self._study.get_trials(deepcopy=False) if _EARLIER not in f.user_attrs]
+
     def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
 
@@ -308,76 +357,64 @@ def _record(frozen: optuna.trial.FrozenTrial) -> TrialRecord:
 
 
 @contextmanager
-def open_study(folder: Path, section: SearchSection, facts: StudyFacts) -> Iterator[Study]:
+def open_study(
+    folder: Path,
+    section: SearchSection,
+    facts: StudyFacts,
+    *,
+    progress: Progress = QUIET,
+    patience_s: float = PATIENCE_S,
+) -> Iterator[Study]:
     """Opens a study to drive it, or begins it; nobody else can meanwhile.
 
     A journal line that a crash cut in half is dropped: at most that one operation is lost, and it
     is done again. Optuna's own lock file, left behind by a killed process, is removed.
 
+    Args:
+        folder: Of the study.
+        section: How it searches, and where it is kept.
+        facts: What must not change.
+        progress: Told when a database does not answer.
+        patience_s: So long a database is waited for.
+
     Raises:
         ConfigError: Another process drives the study; the study is of another space, model or data;
-            the journal is damaged before its end; the folder cannot be written.
+            the journal is damaged before its end; the folder cannot be written; the database cannot
+            be opened.
+        TrainingError: The database went away and did not come back.
     """
-    import filelock
-
-    require_writable(folder, "the study")
-    lock = filelock.FileLock(folder / "driver.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
-            f"study {folder.name!r} is being run by {_owner(folder)}; wait for it, or give this "
-            "recipe another name"
-        ) from None
-    try:
-        write_json(folder / "driver.json", {"host": socket.gethostname(), "pid": os.getpid()})
-        repair_journal(folder / JOURNAL)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="optuna")
-            yield _open(folder, section, facts)
-    finally:
-        lock.release()
+    with (
+        storage_to_drive(folder, section, progress=progress, patience_s=patience_s) as kept,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", category=UserWarning, module="optuna")
+        yield _open(folder, section, facts, kept)
 
 
 def read_study(folder: Path, section: SearchSection) -> Study:
     """Opens a study to look at it, while another process may drive it.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or its database cannot be opened.
     """
     import optuna
 
-    if not (folder / JOURNAL).exists():
-        raise ConfigError(f"there is no study in {folder}; `graft tune` makes one")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return Study(
-        folder, optuna.load_study(study_name=folder.name, storage=_storage(folder)), section
-    )
-
-
-def _owner(folder: Path) -> str:
+    storage, name = storage_to_read(folder, section)
     try:
-        owner = json.loads((folder / "driver.json").read_text())
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:  # its driver died before it had begun
+        raise ConfigError(f"there is no study in {folder} yet; `graft tune` makes one") from None
+    return Study(folder, study, section)
 
 
-def _storage(folder: Path) -> optuna.storages.JournalStorage:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    path = str(folder / JOURNAL)
-    return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
-
-
-def _open(folder: Path, section: SearchSection, facts: StudyFacts) -> Study:
+def _open(folder: Path, section: SearchSection, facts: StudyFacts, kept: Kept) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=_storage(folder),
-        study_name=folder.name,
+        storage=kept.storage,
+        study_name=kept.name,
         directions=["minimize" if o.mode == "min" else "maximize" for o in section.objectives],
         sampler=_seeded_sampler(section),
         load_if_exists=True,
@@ -391,14 +428,7 @@ def _open(folder: Path, section: SearchSection, facts: StudyFacts) -> Study:
 
 
 def _require_same(name: str, known: StudyFacts, given: StudyFacts) -> None:
-    words = {
-        "space": "other settings or another space",
-        "model": "another base model",
-        "data": "other data",
-        "objectives": "other search.objectives",
-        "eval_rows": "another search.eval_rows",
-    }
-    changed = [w for field, w in words.items() if getattr(known, field) != getattr(given, field)]
+    changed = known.differences(given)
     if changed:
         raise ConfigError(
             f"study {name!r} was begun with {' and '.join(changed)} than this recipe has; its "

@@ -117,6 +117,27 @@ class StudyFacts(StrictModel):
     """Searched metrics and their modes, `eval/loss min`."""
     eval_rows: int
 
+    def differences(self, other: StudyFacts) -> list[str]:
+        """Says in words what another study has otherwise."""
+        words = {
+            "space": "other settings or another space",
+            "model": "another base model",
+            "data": "other data",
+            "objectives": "other search.objectives",
+            "eval_rows": "another search.eval_rows",
+        }
+        return [w for field, w in words.items() if getattr(self, field) != getattr(other, field)]
+
+
+class Earlier(NamedTuple):
+    """A complete trial of another study, for the sampler to learn from."""
+
+    source: str
+    """Its study and number, `march/7`."""
+    params: dict[str, Any]
+    """Values of the new study's holes that give the same recipe."""
+    metrics: dict[str, float]
+
 
 def trial_digest(recipe: Recipe) -> str:
     """Names what a trial trains, whatever is searched, served or watched around it."""
