@@ -14,7 +14,7 @@ from graft.core.errors import ConfigError, TrainingError
 from graft.core.spaces import Choice, Float, Int
 from graft.recipe.sections import Recipe, SearchSection
 from graft.runtime.journal import JOURNAL
-from graft.runtime.study import Study, open_study
+from graft.runtime.study import Study, open_study, read_study
 from graft.runtime.trials import StudyFacts
 
 FACTS = StudyFacts(
@@ -164,6 +164,24 @@ def test_a_torn_last_line_is_dropped_and_the_study_goes_on(tmp_path: Path) -> No
         assert [t.state for t in study.trials] == ["complete", "complete"]
 
 
+def test_a_torn_last_line_does_not_keep_a_reader_out(tmp_path: Path) -> None:
+    with opened(tmp_path) as study:
+        run_trial(study, Conditional(), 0.5)
+    journal = tmp_path / "study" / JOURNAL
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 8, "worker_id": "to')
+    torn = journal.read_bytes()
+    assert [t.state for t in read_study(tmp_path / "study", section()).trials] == ["complete"]
+    assert journal.read_bytes() == torn  # only a driver mends it
+
+
+def test_a_journal_without_its_first_line_is_no_study_yet(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / JOURNAL).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"no study in .* yet"):
+        read_study(tmp_path / "study", section())
+
+
 def test_a_journal_cut_at_any_byte_opens(tmp_path: Path) -> None:
     with opened(tmp_path) as study:
         run_trial(study, Conditional(), 0.5)
@@ -230,6 +248,19 @@ def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
         other.join()
     with opened(tmp_path):
         pass
+
+
+def test_a_killed_driver_leaves_a_lock_that_holds_nobody_up(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(30)
+    other.kill()
+    other.join()
+    assert (tmp_path / "study" / "driver.lock").exists()
+    with opened(tmp_path) as study:
+        run_trial(study, Conditional(), 0.5)
 
 
 def test_a_grid_tries_each_point_once_and_ends(tmp_path: Path) -> None:
