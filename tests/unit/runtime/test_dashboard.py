@@ -81,7 +81,6 @@ def write_study(folder: Path, storage: str | None) -> None:
         study.ask(Conditional())
 
 
-@pytest.mark.slow
 def test_a_journal_opens_in_the_dashboard_and_stays_as_it_is(tmp_path: Path) -> None:
     write_study(tmp_path / "home", None)
     journal = tmp_path / "home" / JOURNAL
