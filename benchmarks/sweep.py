@@ -146,12 +146,9 @@ def run_round(options: argparse.Namespace, tokens: int, at: int, actors: int | N
         asha = [Arm("tune", tokens, actors or best_actors(found), True)]
         asha.append(Arm("ours", tokens, PACK, True))
         found += [measure(options, at, arm) for arm in asha[::turn]]
-    return {
-        "round": at,
-        "tokens": tokens,
-        "arms": found,
-        "winner_losses": winner_losses(options, tokens, at, found),
-    }
+    losses = winner_losses(options, tokens, at, found)
+    arms_told = [{k: v for k, v in arm.items() if k != "winner"} for arm in found]  # a folder
+    return {"round": at, "tokens": tokens, "arms": arms_told, "winner_losses": losses}
 
 
 def require_same_trials(options: argparse.Namespace, found: list[Measured]) -> None:
@@ -200,15 +197,15 @@ def require_same_settings(options: argparse.Namespace) -> None:
 
 def run_rounds(options: argparse.Namespace) -> None:
     """Runs the benchmark; what is known is written after each round."""
+    began, longest = time.monotonic(), 0.0
     require_same_settings(options)
     options.model_folder = make_ready(options)
     for tokens in options.cells:
         once(options.work / "gate" / f"{tokens}.json", partial(pass_gate, options, tokens))
     rounds: list[Measured] = []
-    longest = 0.0
     for at in range(options.rounds):
         started = time.monotonic()
-        if started - options.began + longest > options.minutes * 60:
+        if started - began + longest > options.minutes * 60:
             print(f"{at} rounds of {options.rounds}: another would end too late", flush=True)
             break
         for tokens in options.cells:
@@ -241,7 +238,6 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     options.trials, options.steps = (4, 4) if options.quick else (NUM_TRIALS, STEPS)
     options.rounds = 1 if options.quick else options.rounds
     options.cells = {64: (PACK,)} if options.quick else CURVE if options.curve else DEFAULT
-    options.began = time.monotonic()
     return options
 
 
