@@ -195,7 +195,7 @@ def require_agreement(name: str, losses: dict[str, list[float]], tolerance: floa
     """
     for rival in losses.keys() - {"ours"}:
         for ours, theirs in zip(losses["ours"], losses[rival], strict=True):
-            if abs(ours - theirs) > tolerance * abs(theirs):
+            if not abs(ours - theirs) <= tolerance * abs(theirs):  # NaN agrees with nothing
                 raise SystemExit(f"{name}: losses {losses} differ; nothing was timed")
 
 
