@@ -237,7 +237,11 @@ _CONVERTERS: dict[str, Callable[[Row, str, str | None], Example]] = {
 
 
 def _side(value: Any, role: str, place: str) -> list[Message]:
-    return [_turn(role, value, place)] if isinstance(value, str) else _turns(value, place)
+    if isinstance(value, str):
+        return [_turn(role, value, place)]
+    if not isinstance(value, list):
+        raise DataError(f"{place} must be text or a list of turns, not {_kind(value)}")
+    return _turns(value, place)
 
 
 def _turns(raw: Any, place: str) -> list[Message]:

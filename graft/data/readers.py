@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 def _read_csv(path: Path) -> Iterator[RawRow]:
     text = _decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), path.name)
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    lines = StringIO(text, newline="")  # `splitlines` would cut a field at U+2028, too
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -90,7 +92,13 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
                 )
             yield place, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.line_num}: malformed CSV: {error}") from error
+        place = f"{path.name}:{reader.line_num}"
+        if "field limit" in str(error):
+            raise DataError(
+                f"{place}: a field of a CSV file has at most {csv.field_size_limit():,} "
+                "characters; shorten it, or save the rows as .jsonl"
+            ) from error
+        raise DataError(f"{place}: malformed CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -149,7 +157,11 @@ def _parse_json(text: str, place: str) -> Any:
         )
         raise DataError(f"{place}: malformed JSON at {at}: {error.msg}") from error
     except RecursionError as error:
-        raise DataError(f"{place}: JSON nested too deeply") from error
+        raise DataError(f"{place}: JSON nested too deeply; a row is an object of texts") from error
+    except ValueError as error:  # the one thing left: Python reads no endless number
+        raise DataError(
+            f"{place}: a number has more digits than can be read; write it as text, in quotes"
+        ) from error
 
 
 def _as_row(value: Any, place: str) -> dict[str, Any]:

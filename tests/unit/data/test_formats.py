@@ -122,6 +122,15 @@ def test_every_kind_of_file_gives_the_same_examples(
     assert len(contents[0]) == 3
 
 
+def test_a_field_of_a_csv_file_may_hold_any_character(tmp_path: Path) -> None:
+    odd = "line\u2028separator\x0bform\x0cfeed\x85next"
+    path = tmp_path / "rows.csv"
+    path.write_text(f"prompt,completion\r\n{odd},ok\r\nb,c\r\n", encoding="utf-8", newline="")
+    first, second = load_examples(str(path), "auto")
+    assert first.messages[0].content == odd
+    assert second.source == "rows.csv:3"
+
+
 def test_a_system_message_is_put_before_rows_that_have_none(tmp_path: Path) -> None:
     rows = ({"messages": [USER, ASSISTANT]}, {"messages": [SYSTEM, USER, ASSISTANT]})
     source = write_jsonl(tmp_path / "rows.jsonl", *rows)
@@ -175,6 +184,7 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("preference", {"prompt": "a", "chosen": " ", "rejected": "c"}, "chosen: the content is empty"),
     ("preference", {"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: the content is empty"),
     ("preference", {"prompt": "a", "chosen": [USER], "rejected": "c"}, "an assistant turn"),
+    ("preference", {"prompt": 5, "chosen": "b", "rejected": "c"}, "must be text or a list of turns"),
     ("preference", {"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}, "differ"),
     (
         "preference",
@@ -208,6 +218,8 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("rows.json", b"[" * 100_000, "nested too deeply"),
     ("rows.csv", b"prompt,completion\na,b,c\n", "rows.csv:2: 3 fields"),
     ("rows.csv", b'prompt,completion\n"a,b\n', "malformed CSV"),
+    ("rows.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n", "rows.jsonl:1: a number has more digits"),
+    ("rows.csv", b"text\n" + b"a" * 140_000 + b"\n", "rows.csv:2: a field .* at most 131,072 char"),
     ("rows.parquet", b"PAR1 no", "no readable Parquet"),
     ("rows.xlsx", b"", "no known kind"),
 ]
