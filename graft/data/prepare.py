@@ -188,7 +188,8 @@ def count_split(
 ) -> SplitProof:
     """Counts what one part of the data holds."""
     lengths = [len(row.input_ids) for row in rows]
-    supervised = [sum(row.is_supervised) for row in rows]
+    # Where answers are sampled, the one that is known is not learned.
+    supervised = [0 if row.asked is not None else sum(row.is_supervised) for row in rows]
     contents = [_content(example) for example in examples]
     return SplitProof(
         source=source,

@@ -220,6 +220,7 @@ def require_reward_models(recipe: Recipe, ready: ReadyModel, home: Path) -> None
 
     Raises:
         AdapterError: No such adapter, no reward model, or one of another base.
+        ModelError: A folder that is no sequence classifier of one output.
     """
     for source in _all_sources(recipe):
         _find(source, recipe, ready, home)
@@ -228,11 +229,19 @@ def require_reward_models(recipe: Recipe, ready: ReadyModel, home: Path) -> None
 def _find(source: str, recipe: Recipe, ready: ReadyModel, home: Path) -> _Found:
     from graft.artifacts import Store
     from graft.methods.whole import WholeMethod
+    from graft.models.classifier import require_one_output
 
     folder = Path(source).expanduser()
     if (folder / _MODEL_FILE).is_file() and not (folder / _ADAPTER_FILE).is_file():
+        require_one_output(folder)
         return _Found(folder, str(folder.absolute()), is_model=True)
-    stored = Store(home).resolve(source, allow_folder=True)
+    try:
+        stored = Store(home).resolve(source, allow_folder=True)
+    except AdapterError as error:
+        raise AdapterError(
+            f"reward model {source!r} is neither a classifier's folder nor an adapter: {error}; train "
+            "one with objective: reward"
+        ) from error
     if stored.record.purpose != "scores":
         raise AdapterError(
             f"reward model {source!r} is an adapter that answers (objective "

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graft.core.errors import DataError, GraftError, TrainingError
+from graft.core.errors import GraftError, TrainingError
 from graft.core.seeds import derive_seed
 from graft.data.records import EvalPrompt, TokenRow
 from graft.engine.answers import SampledAnswer, sample_answers
 from graft.engine.generate import GenerationRequest
 from graft.engine.kv_cache import require_full_attention
+from graft.engine.measurable import require_answers_fit
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.engine.scoring import RowScores, outputs_of, read_rows
 from graft.metrics.rewards import RewardScores, add_up, reward_names, score_rewards
@@ -111,17 +112,7 @@ class Rollouts:
         )
         limits = [self._template.context_tokens]
         limits.append(getattr(self._model.base.config, "max_position_embeddings", limits[0]))
-        num_virtual = getattr(method, "num_virtual_tokens", 0)
-        num_new = objective.max_new_tokens
-        for row in rows:
-            num_prompt = len(_asked(row).prompt_ids)
-            if num_virtual + num_prompt + num_new > min(limits):
-                virtual = f", the adapter {num_virtual} virtual ones" if num_virtual else ""
-                raise DataError(
-                    f"{row.source}: the prompt has {num_prompt} tokens{virtual}, an answer may "
-                    f"have {num_new} (objective.max_new_tokens), and the model's context is "
-                    f"{min(limits)}; shorten or remove the row, or lower max_new_tokens"
-                )
+        require_answers_fit(objective, method, map(_asked, rows), min(limits))
         if self._judges is not None:
             self._judges.seat(reward.metric for reward in objective.rewards)
 

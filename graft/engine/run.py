@@ -124,7 +124,7 @@ def prepare_run(recipe: Recipe, home: Path) -> PreparedRun:
     ready = resolve_model(recipe.model, home)
     template = ChatTemplate(load_tokenizer(ready))
     prepared = prepare_parts(recipe.parts, template)
-    require_measurable(recipe, prepared)
+    require_measurable(recipe, prepared, template.context_tokens)
     require_reward_models(recipe, ready, home)
     start = start_digest(recipe, home)
     return PreparedRun(recipe, home, ready, template, prepared, start)
@@ -180,13 +180,21 @@ def train_run(
     past = keeper.find()
     tensors = starting_tensors(run, home, is_resumed=past is not None)
     keeper.open(past)
-    trainer.join(
-        SLOT,
-        run.recipe,
-        run.prepared.train,
-        tensors=tensors,
-        state=past.state if past else None,
-    )
+    try:
+        trainer.join(
+            SLOT,
+            run.recipe,
+            run.prepared.train,
+            tensors=tensors,
+            state=past.state if past else None,
+        )
+    except AdapterError as error:
+        if tensors is None:
+            raise
+        raise AdapterError(
+            f"train.init_from {run.recipe.train.init_from!r} has other shapes than the recipe's "
+            f"method: {error}; give method the settings that it was trained with"
+        ) from error
     window = list(past.window) if past else []
     report: Report = past.report if past else {"steps": 0, "seconds": 0.0}
     seconds = report["seconds"]
@@ -363,7 +371,13 @@ def start_digest(recipe: Recipe, home: Path) -> str | None:
 
     if recipe.train.init_from is None:
         return None
-    return Store(home).resolve(recipe.train.init_from, allow_folder=True).digest
+    try:
+        return Store(home).resolve(recipe.train.init_from, allow_folder=True).digest
+    except AdapterError as error:
+        raise AdapterError(
+            f"train.init_from {recipe.train.init_from!r} names no usable adapter in {home}: "
+            f"{error}; train it there first, or name another one"
+        ) from error
 
 
 def run_facts(run: LoadedRun) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from graft.data import (
     prepare_parts,
 )
 from graft.engine.measurable import require_measurable
+from graft.engine.reward_models import require_reward_models
+from graft.engine.run import report_metrics
 from graft.models import ReadyModel, load_tokenizer, resolve_model
 from graft.recipe.mixture import require_single
 
@@ -40,6 +42,10 @@ class RenderedRow(StrictModel):
 
     source: str
     segments: Listed[Segment]
+    is_asked: bool = False
+    """Training samples answers to it; the one that is known is not learned, only compared with."""
+    is_wanted: bool | None = None
+    """What is known of an answer without a pair."""
 
 
 class CheckReport(StrictModel):
@@ -65,13 +71,16 @@ def check(
         progress: Told what is being done.
 
     Raises:
-        ModelError: The base is missing or unsuitable.
+        ModelError: The base, or a reward model that is one, is missing or unsuitable.
+        AdapterError: A reward model that is an adapter is.
         DataError: A row or a file is wrong; it is named.
     """
     recipe = space.example()
     ready = resolve_model(recipe.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
     prepared = prepare_for_all(space, template, progress=progress)
+    for each in (recipe, *space.examples()):
+        require_reward_models(each, ready, home)
     return CheckReport(
         model=ready,
         context_tokens=template.context_tokens,
@@ -90,8 +99,8 @@ def prepare_for_all(
         Those of the example.
 
     Raises:
-        DataError: A row or a file is wrong, an objective cannot learn from these rows, or a reward
-            or metric cannot score them.
+        DataError: A row or a file is wrong, an objective cannot learn from these rows, a reward or
+            metric cannot score them, or an answer may be longer than the context.
     """
     example = space.example()
     prepared = prepare_parts(example.parts, template, progress=progress)
@@ -100,22 +109,33 @@ def prepare_for_all(
         key = recipe.objective.row_key
         if key not in known:
             known[key] = prepare_parts(recipe.parts, template)
-        require_measurable(recipe, known[key])
+        searched = () if space.is_complete else report_metrics(recipe)
+        require_measurable(recipe, known[key], template.context_tokens, searched=searched)
     return prepared
 
 
 def render_row(row: TokenRow, template: ChatTemplate) -> RenderedRow:
     """Turns a token row back into text, cut where supervision or an answer begins and ends."""
-    segments = []
+    segments, is_asked = [], row.asked is not None
     branches = row.branch or [0] * len(row.input_ids)
     tokens = zip(row.is_supervised, branches, row.input_ids, strict=True)
     for (is_supervised, branch), group in groupby(tokens, key=lambda token: token[:2]):
         ids = [token for _, _, token in group]
         text = str(template.tokenizer.decode(ids, skip_special_tokens=False))
         segments.append(
-            Segment(text=text, num_tokens=len(ids), is_supervised=is_supervised, branch=branch)
+            Segment(
+                text=text,
+                num_tokens=len(ids),
+                is_supervised=is_supervised and not is_asked,
+                branch=branch,
+            )
         )
-    return RenderedRow(source=row.source, segments=tuple(segments))
+    return RenderedRow(
+        source=row.source,
+        segments=tuple(segments),
+        is_asked=is_asked,
+        is_wanted=None if row.label is None else row.label == 1,
+    )
 
 
 def _check_feedback(recipe: Recipe, template: ChatTemplate, progress: Progress) -> DataProof | None:

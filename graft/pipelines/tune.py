@@ -59,11 +59,16 @@ class TunePlan(StrictModel):
 
 
 def plan_tune(space: RecipeSpace, *, home: Path) -> TunePlan:
-    """Says what `tune` would do; starts nothing and writes nothing."""
+    """Says what `tune` would do; starts nothing and writes nothing.
+
+    Raises:
+        ConfigError: Nothing to search.
+    """
     from graft.recipe.space import describe_space
     from graft.runtime.storage import is_begun
     from graft.runtime.study import read_study
 
+    _require_holes(space)
     sections = space.sections()
     folder = home / "studies" / sections.name
     ended = 0
@@ -109,11 +114,7 @@ def tune(
     from graft.runtime.warm_start import find_earlier, take_over
 
     started = time.monotonic()
-    if space.is_complete:
-        raise ConfigError(
-            "the recipe leaves nothing open to search; make a setting a hole, as in "
-            "train.lr: {log: [1.0e-5, 1.0e-2]}, or set search.space to auto, or use `graft train`"
-        )
+    _require_holes(space)
     sections = space.sections()
     _require_device(space, address)
     require_storage(sections.search)
@@ -149,6 +150,14 @@ def tune(
         )
 
 
+def _require_holes(space: RecipeSpace) -> None:
+    if space.is_complete:
+        raise ConfigError(
+            "the recipe leaves nothing open to search; make a setting a hole, as in "
+            "train.lr: {log: [1.0e-5, 1.0e-2]}, or set search.space to auto, or use `graft train`"
+        )
+
+
 def _require_device(space: RecipeSpace, address: str | None) -> None:
     """Refuses what cannot be searched, or not be published here, before anything is done.
 
@@ -174,6 +183,7 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
         DataError: The data is, or unsuitable for an objective that may be chosen.
     """
     from graft.data.template import ChatTemplate
+    from graft.engine.reward_models import require_reward_models
     from graft.engine.run import start_digest
     from graft.models import load_tokenizer, resolve_model
     from graft.pipelines.check import prepare_for_all
@@ -183,6 +193,8 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
     ready = resolve_model(example.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
     proof = prepare_for_all(space, template, progress=progress).proof
+    for recipe in (example, *space.examples()):
+        require_reward_models(recipe, ready, home)
     shapes = {key: content.get(key) for key in ("method", "objective", "train")}
     shapes["start"] = start_digest(example, home)
     shapes["space"] = example.search.space

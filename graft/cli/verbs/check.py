@@ -72,13 +72,21 @@ def _show_row(row: RenderedRow, console: Console) -> None:
 
     left, right = ("", "") if console.color_system else ("⟦", "⟧")
     text = Text()
+    last, has_answers = 0, not row.segments[0].branch and row.segments[-1].branch > 1
     for segment in row.segments:
+        if has_answers and segment.branch != last:
+            text.append("" if text.plain.endswith("\n") else "\n")
+            text.append(f"answer {segment.branch}: ", style="bold")
+        last = segment.branch
         if segment.is_supervised:
             text.append(f"{left}{segment.text}{right}", style="bold green")
         else:
             text.append(segment.text, style="dim")
     learned = sum(segment.num_tokens for segment in row.segments if segment.is_supervised)
-    console.rule(f"{row.source}: {learned} tokens are learned", style="dim")
+    told = "sampled answers are learned" if row.is_asked else f"{learned} tokens are learned"
+    if row.is_wanted is not None:
+        told += ", wanted" if row.is_wanted else ", unwanted"
+    console.rule(f"{row.source}: {told}", style="dim")
     console.print(text, soft_wrap=True)
 
 

@@ -52,6 +52,29 @@ def test_a_rendered_pair_shows_its_two_answers_apart(recipe_file: Path, tmp_path
     assert found == [(1, "lamp=7<|im_end|>"), (2, "door=7<|im_end|>")]
 
 
+def test_the_verb_tells_the_answers_of_a_row_apart_and_what_is_not_learned(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    pair = {"prompt": "lamp?", "chosen": "lamp=7", "rejected": "door=7"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+
+    def said(objective: str) -> str:
+        given = [f"data={{train: {tmp_path}/pairs.jsonl}}", f"objective={objective}", "method.r=4"]
+        options = [part for value in given for part in ("--set", value)]
+        home = ["--home", str(tmp_path / "home")]
+        result = CliRunner().invoke(build_app(), ["check", str(recipe_file), *home, *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert "\nanswer 1: ⟦lamp=7<|im_end|>⟧\nanswer 2: ⟦door=7<|im_end|>⟧" in said("dpo")
+    wanted, unwanted = said("kto").split("pairs.jsonl:1: ")[1:]
+    assert "tokens are learned, wanted" in wanted
+    assert "tokens are learned, unwanted" in unwanted
+    sampled = said("{type: grpo, rewards: [{metric: exact_match}]}")
+    assert "pairs.jsonl:1: sampled answers are learned" in sampled
+    assert "⟦" not in sampled
+
+
 def test_rows_are_proved_for_every_objective_that_may_be_chosen(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +129,34 @@ def test_what_cannot_be_scored_is_refused_before_anything_trains(
         check(space, home=tmp_path / "home")
     with pytest.raises(DataError, match=words):
         train(load_recipe(recipe_file, [rows, objective, *given, "method.r=2"]), home=tmp_path)
+
+
+def test_a_preference_is_measured_on_held_out_pairs_alone(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    words = r"eval\.jsonl:1: no held-out row is a pair of answers, and {} preference_accuracy"
+    listed = ["eval.metrics=[loss, preference_accuracy]"]
+    with pytest.raises(DataError, match=words.format("eval.metrics")):
+        check(load_recipe(recipe_file, listed), home=tmp_path / "home")
+    with pytest.raises(DataError, match=words.format("eval.metrics")):
+        train(load_recipe(recipe_file, [*listed, "method.r=2"]), home=tmp_path / "home")
+    searched = ["search.objectives=[{metric: eval/preference_accuracy, mode: max}]"]
+    with pytest.raises(DataError, match=words.format("search.objectives")):
+        check(load_recipe(recipe_file, searched), home=tmp_path / "home")
+    complete = load_recipe(recipe_file, [*searched, "method.r=2"])
+    assert check(complete, home=tmp_path / "home").data.eval is not None
+
+
+def test_answers_that_the_context_could_not_hold_are_refused_before_the_base_is_loaded(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    objective = "objective={{type: grpo, max_new_tokens: {}, rewards: [{{metric: exact_match}}]}}"
+    check(load_recipe(recipe_file, [objective.format(300)]), home=tmp_path / "home")
+    words = r"train\.jsonl:1: the prompt has \d+ tokens, an answer may have 500"
+    with pytest.raises(DataError, match=words):
+        check(load_recipe(recipe_file, [objective.format(500)]), home=tmp_path / "home")
+    with pytest.raises(DataError, match=words):
+        tune(load_recipe(recipe_file, [objective.format(500)]), home=tmp_path / "home")
 
 
 def test_feedback_rows_are_proved_too(recipe_file: Path, tmp_path: Path) -> None:
