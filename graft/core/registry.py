@@ -91,15 +91,19 @@ class Registry(Generic[V]):
             )
         return self._classes[name]
 
+    @property
+    def _one(self) -> str:
+        return f"{'an' if self.family[0] in 'aeiou' else 'a'} {self.family}"
+
     def build(self, raw: Any) -> V:
         """Builds a variant from a mapping with `type`, or from the bare name for all defaults."""
         if isinstance(raw, str):
             raw = {"type": raw}
         if not isinstance(raw, dict):
-            raise ConfigError(f"a {self.family} is a mapping with a `type` key, not {raw!r}")
+            raise ConfigError(f"{self._one} is a mapping with a `type` key, not {raw!r}")
         if "type" not in raw:
             raise ConfigError(
-                f"a {self.family} section needs a `type`. Known: {', '.join(self.names())}"
+                f"{self._one} section needs a `type`. Known: {', '.join(self.names())}"
             )
         return self.get(str(raw["type"])).model_validate(raw)
 

@@ -90,10 +90,17 @@ def add_up(rewards: Sequence[Reward], by_reward: dict[str, list[float]]) -> Rewa
 
 def _checked_scores(metric: Metric, rows: list[RowOutcome], sources: Sequence[str]) -> list[float]:
     try:
-        _, given = metric.score(rows)
-        scores: list[Any] = list(given)
-    except Exception as error:  # a metric is anybody's code: it raises what it likes
+        given: Any = metric.score(rows)
+    except (Exception, SystemExit) as error:  # anybody's code: it raises what it likes
         raise _refusal(metric, error, rows, sources) from error
+    try:
+        _, each = given
+        scores: list[Any] = list(each)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(
+            f"reward {metric.type!r} gave {str(given)[:60]} for {len(rows)} answers ({sources[0]} to "
+            f"{sources[-1]}); a metric gives a mean and a list of one score a row"
+        ) from error
     if len(scores) != len(rows):
         raise TrainingError(
             f"reward {metric.type!r} gave {len(scores)} scores for {len(rows)} answers "
@@ -109,14 +116,14 @@ def _checked_scores(metric: Metric, rows: list[RowOutcome], sources: Sequence[st
 
 
 def _refusal(
-    metric: Metric, error: Exception, rows: list[RowOutcome], sources: Sequence[str]
+    metric: Metric, error: BaseException, rows: list[RowOutcome], sources: Sequence[str]
 ) -> DataError | TrainingError:
     """Finds the row that a metric raised on by scoring each alone, and says so."""
     place = f"{len(rows)} answers together ({sources[0]} to {sources[-1]})"
     for source, row in zip(sources, rows, strict=True):
         try:
             metric.score([row])
-        except Exception as own:  # the same code as above
+        except (Exception, SystemExit) as own:  # the same code as above
             error, place = own, f"the answer {_shown(row)} to {source}"
             break
     kind = DataError if isinstance(error, DataError) else TrainingError

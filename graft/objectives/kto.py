@@ -69,7 +69,8 @@ class KtoObjective(Objective):
         if not rows:
             raise DataError(
                 f"{example.source}: objective 'kto' learns from answers with a label, and this row "
-                "has none; give rows with `prompt`, `completion` and `label`, or pairs"
+                "has none; give rows with `prompt`, `completion` and `label` (true or false), or "
+                "pairs"
             )
         return rows
 

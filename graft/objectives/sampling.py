@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from graft.core.errors import DataError
 from graft.core.model import Listed
@@ -70,7 +70,24 @@ class SamplingObjective(Objective):
                 "no reward is named, so no answer is better than another; name at least one, as "
                 "in [{metric: exact_match}]"
             )
+        if not any(reward.weight for reward in rewards):
+            raise ValueError(
+                "every weight is 0, so no answer is better than another; a reward of weight 0 is "
+                "only reported: give at least one another weight"
+            )
         return rewards
+
+    @model_validator(mode="after")
+    def bounds_leave_room(self) -> SamplingObjective:
+        """Refuses bounds that no answer keeps."""
+        most = {"max_new_tokens": self.max_new_tokens, "max_answer_tokens": self.max_answer_tokens}
+        for name, bound in most.items():
+            if bound is not None and (self.min_answer_tokens or 0) > bound:
+                raise ValueError(
+                    f"min_answer_tokens {self.min_answer_tokens:g} is above {name} {bound:g}: no "
+                    "answer would be long enough; lower the one or raise the other"
+                )
+        return self
 
     @property
     def reads_reference(self) -> bool:

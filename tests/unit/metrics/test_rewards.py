@@ -104,6 +104,16 @@ def test_a_metric_that_raises_names_metric_row_and_cause() -> None:
         score_rewards([reward(odd)], rows(("", "a"), ("", "z" * 99), ("", "y")), SOURCES)
 
 
+def test_a_metric_that_would_end_the_process_is_refused_like_one_that_raises() -> None:
+    class Leaving(OddMetric):
+        def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
+            raise SystemExit(0)
+
+    words = r"cannot score the answer 'a' to train\.jsonl:1: SystemExit: 0"
+    with pytest.raises(TrainingError, match=words):
+        score_rewards([reward(Leaving(scores={}))], rows(("", "a")), SOURCES[:1])
+
+
 def test_a_row_that_a_metric_refuses_stays_a_fault_of_the_data() -> None:
     strict = reward({"type": "exact_match", "compare": "json"})
     words = r"cannot score the answer '1' to train\.jsonl:2: the reference 'plain' is not JSON"
@@ -120,7 +130,10 @@ def test_a_wrong_number_of_scores_is_refused() -> None:
 
 def test_a_metric_without_a_mean_beside_its_scores_is_refused() -> None:
     odd = OddMetric(scores={"a": 1.0}, is_bare=True)
-    words = r"cannot score 3 answers together \(train\.jsonl:1 to train\.jsonl:3\): ValueError"
+    words = (
+        r"'odd' gave \[1\.0, .* for 3 answers \(train\.jsonl:1 to train\.jsonl:3\); a metric gives "
+        "a mean and a list of one score a row"
+    )
     with pytest.raises(TrainingError, match=words):
         score_rewards([reward(odd)], rows(("", "a"), ("", "a"), ("", "a")), SOURCES)
 
