@@ -109,14 +109,16 @@ def plan_time(
     low = seconds * least_share(search) / speed.high / 3600
     high = seconds / slowest / 3600
     early = "" if search.scheduler.type == "none" else ", trials stopped early or not"
+    samples = any("rollouts" in recipe.objective.needs for recipe in recipes)
+    sampling = "the sampling of answers (often most of it), " if samples else ""
     return PlannedTime(
         low_hours=low / devices,
         high_hours=high / devices,
         devices=devices,
         low_dollars=None if price is None else low * price,
         high_dollars=None if price is None else high * price,
-        basis=f"{speed.words}{early}; rows of {_mean(row_tokens):.0f} tokens; start-up and "
-        "checkpoints left out",
+        basis=f"{speed.words}{early}; rows of {_mean(row_tokens):.0f} tokens; "
+        f"{sampling}start-up and checkpoints left out",
     )
 
 

@@ -120,8 +120,11 @@ def gather(
     folder = home / "studies" / name
     if not (folder / "recipe.yaml").is_file():
         known = sorted(path.parent.name for path in folder.parent.glob("*/recipe.yaml"))
+        told = home / "runs" / name / "report.jsonl"
+        trained = f". What `graft train` told of {name!r} is in {told}" if told.is_file() else ""
         raise ConfigError(
             f"there is no study {name!r} in {home}; known: {', '.join(known) or 'none yet'}"
+            f"{trained}"
         )
     space = load_recipe(folder / "recipe.yaml")
     sections = space.sections()

@@ -26,7 +26,7 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
     metrics = list(dict.fromkeys(["train/loss", *record.searched]))
     table = Table(title=f"study {record.study}", box=None, header_style="bold")
     for heading in ("trial", "state", "steps", *names, *metrics, "seconds"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for trial in record.trials:
         is_best = trial.number == record.best.number
         table.add_row(

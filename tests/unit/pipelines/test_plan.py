@@ -80,6 +80,19 @@ def test_hours_and_dollars_are_a_range_with_its_basis(planned: Plan) -> None:
     assert "15% to 60% of L4's 121 TFLOP/s" in time.basis
 
 
+def test_hours_tell_that_the_sampling_of_answers_is_not_in_them(
+    planned: Plan, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    rewards = [{"metric": "exact_match"}]
+    objective = {"type": "grpo", "rewards": rewards, "max_new_tokens": 8}
+    space = space_of(tmp_path, model_folder, data_folder, objective=objective)
+    sampled = plan(space, home=tmp_path, gpu="2x L4").time
+    assert sampled is not None
+    assert planned.time is not None
+    assert "the sampling of answers (often most of it), start-up" in sampled.basis
+    assert "sampling" not in planned.time.basis
+
+
 def test_what_does_not_fit_names_combinations_that_do(
     model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from graft.methods.base import HEAD
 from graft.pipelines.adapters import promote
 from graft.pipelines.room import require_room
 from graft.pipelines.train import TrainedAdapter, plan_train, train
+from graft.pipelines.tune import plan_tune
 from graft.recipe import RecipeSpace, load_recipe
 
 
@@ -232,9 +233,26 @@ def test_bad_input_leaves_nothing_in_the_home(
     home = tmp_path / "home"
     with pytest.raises(DataError, match="holds no rows"):
         train(load_recipe(recipe_file, [f"data.train={empty}"]), home=home)
-    with pytest.raises(AdapterError, match="no adapter is registered as 'nobody'"):
+    words = r"train\.init_from 'nobody' names .* no adapter is registered .* train it there"
+    with pytest.raises(AdapterError, match=words):
         train(load_recipe(recipe_file, ["train.init_from=nobody"]), home=home)
     assert [path.name for path in home.iterdir()] == ["models"]
+
+
+def test_a_start_of_another_rank_is_refused_by_its_name(recipe_file: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    train(load_recipe(recipe_file, ["train.steps=1"]), home=home)
+    given = ["name=other", "method.r=8", "train.init_from=tiny/1"]
+    words = r"train\.init_from 'tiny/1' has other shapes .* lora_A should be \(8, 64\), is \(4, 64\)"
+    with pytest.raises(AdapterError, match=words):
+        train(load_recipe(recipe_file, given), home=home)
+
+
+def test_a_search_of_a_recipe_without_holes_is_not_even_planned(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="leaves nothing open to search"):
+        plan_tune(load_recipe(recipe_file), home=tmp_path / "home")
 
 
 def test_a_finished_training_whose_adapter_is_damaged_is_refused(

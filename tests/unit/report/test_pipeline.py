@@ -100,3 +100,11 @@ def test_an_unknown_study_is_refused_in_words(
 ) -> None:
     with pytest.raises(error, match=r"tiny|adapter name"):
         report(name, home=home)
+
+
+def test_a_training_that_is_no_study_is_told_where_its_figures_are(home: Path) -> None:
+    told = home / "runs" / "alone" / "report.jsonl"
+    told.parent.mkdir(parents=True)
+    told.write_text("")
+    with pytest.raises(ConfigError, match=r"no study 'alone' .* 'alone' is in .*report\.jsonl"):
+        report("alone", home=home)
