@@ -239,8 +239,8 @@ def _find(source: str, recipe: Recipe, ready: ReadyModel, home: Path) -> _Found:
         stored = Store(home).resolve(source, allow_folder=True)
     except AdapterError as error:
         raise AdapterError(
-            f"reward model {source!r} is neither a classifier's folder nor an adapter: {error}; train "
-            "one with objective: reward"
+            f"reward model {source!r} is neither a classifier's folder nor an adapter: {error}; "
+            "train one with objective: reward"
         ) from error
     if stored.record.purpose != "scores":
         raise AdapterError(

@@ -98,8 +98,8 @@ def _checked_scores(metric: Metric, rows: list[RowOutcome], sources: Sequence[st
         scores: list[Any] = list(each)
     except (TypeError, ValueError) as error:
         raise TrainingError(
-            f"reward {metric.type!r} gave {str(given)[:60]} for {len(rows)} answers ({sources[0]} to "
-            f"{sources[-1]}); a metric gives a mean and a list of one score a row"
+            f"reward {metric.type!r} gave {str(given)[:60]} for {len(rows)} answers "
+            f"({sources[0]} to {sources[-1]}); a metric gives a mean and a list of one score a row"
         ) from error
     if len(scores) != len(rows):
         raise TrainingError(

@@ -79,14 +79,13 @@ class SamplingObjective(Objective):
 
     @model_validator(mode="after")
     def bounds_leave_room(self) -> SamplingObjective:
-        """Refuses bounds that no answer keeps."""
-        most = {"max_new_tokens": self.max_new_tokens, "max_answer_tokens": self.max_answer_tokens}
-        for name, bound in most.items():
-            if bound is not None and (self.min_answer_tokens or 0) > bound:
-                raise ValueError(
-                    f"min_answer_tokens {self.min_answer_tokens:g} is above {name} {bound:g}: no "
-                    "answer would be long enough; lower the one or raise the other"
-                )
+        """Refuses a smallest length above the largest."""
+        least, most = self.min_answer_tokens, self.max_answer_tokens
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"min_answer_tokens {least:g} is above max_answer_tokens {most:g}, so every run would "
+                "end at its first step; lower the one or raise the other"
+            )
         return self
 
     @property

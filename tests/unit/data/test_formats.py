@@ -184,7 +184,7 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("preference", {"prompt": "a", "chosen": " ", "rejected": "c"}, "chosen: the content is empty"),
     ("preference", {"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: the content is empty"),
     ("preference", {"prompt": "a", "chosen": [USER], "rejected": "c"}, "an assistant turn"),
-    ("preference", {"prompt": 5, "chosen": "b", "rejected": "c"}, "must be text or a list of turns"),
+    ("preference", {"prompt": 5, "chosen": "b", "rejected": "c"}, "text or a list of turns"),
     ("preference", {"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}, "differ"),
     (
         "preference",

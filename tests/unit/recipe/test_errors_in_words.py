@@ -74,8 +74,9 @@ def message_of(load: Load, text: str, *overrides: str) -> str:
         ("objective: {type: dpo, loss_type: hinge, label_smoothing: 0.1}", "has no meaning"),
         ("objective: {type: grpo, rewards: [{metric: json_valid, weight: 0}]}",
          ":3: objective.rewards: every weight is 0, so no answer is better than another"),
-        ("objective: {type: ppo, min_answer_tokens: 80, rewards: [{metric: json_valid}]}",
-         ":3: objective: min_answer_tokens 80 is above max_new_tokens 64: no answer would be"),
+        ("objective: {type: ppo, min_answer_tokens: 9, max_answer_tokens: 5, "
+         "rewards: [{metric: json_valid}]}",
+         ":3: objective: min_answer_tokens 9 is above max_answer_tokens 5, so every run would"),
         ("train: {lr: .inf}", ":3: '.inf' is not a finite number"),
         ("train: {lr: .nan}", ":3: '.nan' is not a finite number"),
     ],
