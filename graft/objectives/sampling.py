@@ -83,8 +83,8 @@ class SamplingObjective(Objective):
         least, most = self.min_answer_tokens, self.max_answer_tokens
         if least is not None and most is not None and least > most:
             raise ValueError(
-                f"min_answer_tokens {least:g} is above max_answer_tokens {most:g}, so every run would "
-                "end at its first step; lower the one or raise the other"
+                f"min_answer_tokens {least:g} is above max_answer_tokens {most:g}, so every run "
+                "would end at its first step; lower the one or raise the other"
             )
         return self
 
