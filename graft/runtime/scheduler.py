@@ -1,4 +1,4 @@
-"""When a trial is stopped: Tune's ASHA on the searched metrics, rebuilt from reports on disk."""
+"""When a trial is stopped: successive halving, rebuilt from reports on disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
 from graft.engine.run_folder import read_reports
+from graft.recipe.costs import is_known_early
 from graft.recipe.sections import AshaScheduler, SearchObjective
+from graft.runtime.dominance import DominanceRungs
 
 STEP = "steps"
 
@@ -18,8 +20,8 @@ STEP = "steps"
 class StudyScheduler(FIFOScheduler):
     """Asynchronous successive halving that remembers the trials of earlier drivers.
 
-    Stops a trial where every searched metric says so, which for one metric is Tune's own ASHA
-    (arXiv 1810.05934), and for several leaves the trials that are good at something.
+    For one metric it is Tune's own ASHA (arXiv 1810.05934); of several, a trial is stopped that
+    enough others dominate (see `DominanceRungs`). A cost that is known at the end alone has no say.
 
     Args:
         section: The recipe's scheduler.
@@ -37,43 +39,38 @@ class StudyScheduler(FIFOScheduler):
     ) -> None:
         super().__init__()
         grace = min(section.grace_steps or max(1, max_steps // 4), max_steps)
-        self._rungs = [
-            AsyncHyperBandScheduler(
-                time_attr=STEP,
-                metric=objective.metric,
-                mode=objective.mode,
-                max_t=max_steps,
-                grace_period=grace,
-                reduction_factor=section.reduction_factor,
-                stop_last_trials=False,
+        places: dict[str, Any] = {
+            "time_attr": STEP,
+            "max_t": max_steps,
+            "grace_period": grace,
+            "reduction_factor": section.reduction_factor,
+        }
+        early = [o for o in objectives if is_known_early(o.metric)]
+        self._rungs: AsyncHyperBandScheduler | DominanceRungs = DominanceRungs(early, **places)
+        if len(early) == 1:
+            self._rungs = AsyncHyperBandScheduler(
+                metric=early[0].metric, mode=early[0].mode, stop_last_trials=False, **places
             )
-            for objective in objectives
-        ]
         for folder in ended:
             self._replay(SimpleNamespace(trial_id=str(folder)), folder)
 
     def _replay(self, trial: Any, folder: Path) -> None:
-        reports = read_reports(folder)
-        for rungs in self._rungs:
-            rungs.on_trial_add(None, trial)
-            for report in reports:
-                rungs.on_trial_result(None, trial, report)
+        self._rungs.on_trial_add(None, trial)
+        for report in read_reports(folder):
+            self._rungs.on_trial_result(None, trial, report)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Seats a trial; one that ran before keeps the rungs that it has passed."""
         self._replay(trial, Path(trial.config["folder"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Stops a trial that every searched metric gives up."""
-        decisions = [rungs.on_trial_result(None, trial, result) for rungs in self._rungs]
-        stops = all(decision == TrialScheduler.STOP for decision in decisions)
-        return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
+        """Stops a trial that falls behind at a rung."""
+        return str(self._rungs.on_trial_result(None, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Records the last report."""
-        for rungs in self._rungs:
-            rungs.on_trial_complete(None, trial, result)
+        self._rungs.on_trial_complete(None, trial, result)
 
     def debug_string(self) -> str:
         """Names the rungs."""
-        return "\n".join(rungs.debug_string() for rungs in self._rungs)
+        return str(self._rungs.debug_string())
