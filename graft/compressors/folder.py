@@ -37,6 +37,19 @@ TENSORS = "adapter_model.safetensors"
 MODEL_CONFIG = "graft_model.json"
 MODEL_TENSORS = "model.safetensors"
 STORAGE = "graft_storage.json"
+_METADATA = {"format": "pt"}
+_SAFETENSORS_TYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 MAX_CONFIG_BYTES = 2**20
 
 _REWARD_MODEL = (
@@ -73,22 +86,19 @@ def save_adapter(folder: Path, adapter: Adapter, base_source: str) -> None:
     """
     from safetensors.torch import save_file
 
-    tensors, head = split_head(adapter.tensors)
-    config, state = adapter.method.to_peft(tensors, base_source)
-    config, state = add_head(adapter.method, config, state, head)
+    config, state = _as_peft(adapter, base_source)
     for name, value in state.items():
         if not value.isfinite().all():
             raise AdapterError(f"{name} holds NaN or infinity; an adapter like that is not saved")
     encoded = {
-        name: value.detach().cpu().contiguous()
-        for name, value in (adapter.storage.encode(state) if adapter.storage else state).items()
+        name: value.detach().cpu().contiguous() for name, value in _encoded(adapter, state).items()
     }
     try:
         with folder_atomic(folder) as temporary:
             is_model = adapter.method.artifact_kind == "full"
             write_json(temporary / (MODEL_CONFIG if is_model else CONFIG), _plain(config))
             tensor_file = temporary / _tensor_name(adapter.storage, is_model)
-            save_file(encoded, tensor_file, metadata={"format": "pt"})
+            save_file(encoded, tensor_file, metadata=_METADATA)
             if adapter.storage is not None:
                 write_json(temporary / STORAGE, adapter.storage.model_dump(mode="json"))
             card = _card(adapter, base_source)
@@ -97,6 +107,29 @@ def save_adapter(folder: Path, adapter: Adapter, base_source: str) -> None:
         raise AdapterError(f"{folder} already exists; choose another folder") from error
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def tensor_file_bytes(adapter: Adapter) -> int:
+    """Returns the size of the file that `save_adapter` would write for the tensors."""
+    state = _encoded(adapter, _as_peft(adapter, "")[1])
+    header: dict[str, Any] = {"__metadata__": _METADATA}
+    end = 0
+    for name, value in sorted(state.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        start, end = end, end + value.nbytes
+        dtype = _SAFETENSORS_TYPES[str(value.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end  # the header's length, the header in eights, the data
+
+
+def _as_peft(adapter: Adapter, base_source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tensors, head = split_head(adapter.tensors)
+    config, state = adapter.method.to_peft(tensors, base_source)
+    return add_head(adapter.method, config, state, head)
+
+
+def _encoded(adapter: Adapter, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return adapter.storage.encode(state) if adapter.storage else state
 
 
 def load_adapter(folder: Path) -> Adapter:

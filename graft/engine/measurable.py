@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from graft.core.errors import DataError
 from graft.objectives.sampling import SamplingObjective
+from graft.recipe.costs import LATENCY_MS
 
 if TYPE_CHECKING:
     from graft.data.prepare import PreparedData
@@ -43,6 +44,12 @@ def require_measurable(
             require_answers_fit(part.objective, recipe.method, asked, context_tokens)
     _require_held_out(recipe.eval.metrics, prepared, "eval.metrics")
     _require_held_out(searched, prepared, "search.objectives")
+    names = [objective.metric for objective in recipe.search.objectives]
+    if LATENCY_MS in names and not prepared.prompts:
+        raise DataError(
+            f"search.objectives {LATENCY_MS} times answers to held-out prompts, and data.eval has "
+            "none; give rows with a prompt, or leave that objective out"
+        )
 
 
 def require_answers_fit(

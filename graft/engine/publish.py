@@ -20,9 +20,10 @@ from graft.artifacts import (
 from graft.compressors.base import Adapter
 from graft.compressors.folder import save_adapter
 from graft.core.errors import AdapterError
-from graft.methods.base import HEAD
+from graft.methods.base import HEAD, split_head
 
 if TYPE_CHECKING:
+    from graft.engine.multi import AdapterTensors
     from graft.models import ReadyModel
     from graft.recipe.sections import Recipe
 
@@ -59,7 +60,7 @@ def publish_adapter(
     with tempfile.TemporaryDirectory(prefix="graft-publish-") as scratch:
         folder = Path(scratch) / "adapter"
         if adapter.method.artifact_kind == "full":
-            adapter = _as_served(adapter, recipe)
+            adapter = as_served(adapter, recipe)
         save_adapter(folder, adapter, ready.source)
         if adapter.method.artifact_kind == "full":
             _complete_model(folder, recipe, ready, is_reward_model=HEAD in adapter.tensors)
@@ -87,7 +88,12 @@ def publish_adapter(
         return store.open(store.publish(folder, record))
 
 
-def _as_served(adapter: Adapter, recipe: Recipe) -> Adapter:
+def finished_tensors(recipe: Recipe, tensors: AdapterTensors) -> AdapterTensors:
+    """Returns what of trained weights is the adapter: the head of a reward model, no other."""
+    return tensors if recipe.objective.scores_answers else split_head(tensors)[0]
+
+
+def as_served(adapter: Adapter, recipe: Recipe) -> Adapter:
     """Rounds the weights of a whole model as `model.dtype` says: so it was evaluated."""
     from graft.models import torch_dtype
 

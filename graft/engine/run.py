@@ -16,6 +16,7 @@ from graft.core.errors import AdapterError, TrainingError
 from graft.core.files import require_writable, write_json
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.engine.costs import costs_of
 from graft.engine.measurable import require_measurable
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.recompute import recompute_layers
@@ -208,7 +209,7 @@ def train_run(
             on_step(last)
         if last.step % run.recipe.train.report_every == 0 or last.is_finished:
             report = report_on(window, seconds) | measure(run, SLOT, eval_rows)
-            keeper.keep(report)
+            report = keeper.keep(report)
             if on_report is not None:
                 on_report(report)
             window = []
@@ -255,10 +256,13 @@ class _Keeper:
             write_json(self._folder / RECIPE_FILE, self._run.recipe.model_dump(mode="json"))
             drop_reports_after(self._folder, past.state.step if past else 0)
 
-    def keep(self, report: Report) -> None:
+    def keep(self, report: Report) -> Report:
+        """Adds what the slot costs, keeps the report with its checkpoint, and returns it."""
         state, searched = self._trainer.state(SLOT), self._run.recipe.search.objectives[0]
+        report = report | costs_of(self._run, SLOT, state.tensors, report, self._folder)
         if self._is_writer:
             save_progress(self._folder, state, report, self._facts, searched)
+        return report
 
     def keep_between_reports(self, report: Report, window: list[StepReport]) -> None:
         state = self._trainer.state(SLOT)

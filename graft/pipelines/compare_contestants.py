@@ -10,6 +10,7 @@ from graft.core.errors import ConfigError
 from graft.core.registry import nearest
 from graft.core.spaces import Space
 from graft.methods.base import METHODS
+from graft.recipe.costs import COSTS
 from graft.recipe.holes import contains, middle
 from graft.recipe.sections import CompareVariant, Recipe
 from graft.recipe.space import RecipeSpace
@@ -80,6 +81,11 @@ def require_comparable(space: RecipeSpace) -> None:
     recipe, train = space.example(), space.content().get("train", {})
     if recipe.data.eval is None:
         raise ConfigError("data.eval is absent; a comparison measures held-out rows: name them")
+    if costs := [o.metric for o in recipe.search.objectives if o.metric in COSTS]:
+        raise ConfigError(
+            f"search.objectives names {', '.join(costs)}, and a comparison searches for "
+            "quality alone; size, memory and speed are columns of its own: leave the costs out"
+        )
     if recipe.scale.needs_deepspeed:
         raise ConfigError(
             "a comparison trains each method in one process of its own; set scale.workers: 1, "

@@ -86,9 +86,9 @@ def _search_point(run: LoadedRun, progress: Progress) -> PointFacts:
 
 def _train_seed(run: LoadedRun, progress: Progress) -> SeedFacts:
     from graft.compressors.base import Adapter
+    from graft.engine.publish import finished_tensors
     from graft.engine.run import SLOT
     from graft.pipelines.compare_memory import PeakMemory
-    from graft.pipelines.finish import finished_tensors
     from graft.pipelines.forms import seated
 
     memory = PeakMemory(run.model.device)

@@ -5,20 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graft.core.progress import QUIET, Progress
-from graft.methods.base import split_head
 
 if TYPE_CHECKING:
     from graft.artifacts import MetricValue, Store, StoredAdapter
     from graft.engine.multi import AdapterTensors
     from graft.engine.run import LoadedRun
-    from graft.recipe.sections import Recipe
 
 _SLOT = "finished"
-
-
-def finished_tensors(recipe: Recipe, tensors: AdapterTensors) -> AdapterTensors:
-    """Returns what of trained weights is the adapter: the head of a reward model, no other."""
-    return tensors if recipe.objective.scores_answers else split_head(tensors)[0]
 
 
 def publish_trained(
@@ -38,7 +31,7 @@ def publish_trained(
     """
     from graft.artifacts import Parent
     from graft.compressors.base import Adapter
-    from graft.engine.publish import publish_adapter
+    from graft.engine.publish import finished_tensors, publish_adapter
     from graft.engine.run import evaluate_run
 
     recipe = run.recipe

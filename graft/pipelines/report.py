@@ -17,6 +17,7 @@ from graft.core.events import read_events
 from graft.core.files import require_writable, write_atomic
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.recipe.costs import ADAPTER_BYTES, unit_of
 from graft.recipe.load import load_recipe, to_yaml
 from graft.report import (
     CurvePoint,
@@ -130,7 +131,8 @@ def gather(
     sections = space.sections()
     study = read_study(folder, sections.search)
     objectives = tuple(
-        ObjectiveFacts(metric=o.metric, mode=o.mode) for o in sections.search.objectives
+        ObjectiveFacts(metric=o.metric, mode=o.mode, unit=unit_of(o.metric))
+        for o in sections.search.objectives
     )
     trials = tuple(_trial(trial, study, objectives[0].metric) for trial in study.trials)
     winner = study.winner
@@ -162,7 +164,7 @@ def _trial(trial: TrialRecord, study: Study, searched: str) -> TrialFacts:
     known = ("number", "state", "params", "metrics", "steps", "seconds", "executor", "reason")
     return TrialFacts(
         **trial.model_dump(include=set(known)),
-        adapter_bytes=_adapter_bytes(folder),
+        adapter_bytes=_adapter_bytes(folder, trial),
         searched=_curve(reports, searched)
         or tuple(CurvePoint(steps=s, value=v) for s, v in trial.reports.items()),
         train_loss=_curve(reports, "train/loss"),
@@ -175,8 +177,10 @@ def _curve(reports: Sequence[dict[str, Any]], metric: str) -> tuple[CurvePoint, 
     )
 
 
-def _adapter_bytes(folder: Path) -> int | None:
-    """Size of the trained weights in the newest checkpoint, None where there is none."""
+def _adapter_bytes(folder: Path, trial: TrialRecord) -> int | None:
+    """Size as reported, else of the trained weights in the newest checkpoint; None without both."""
+    if ADAPTER_BYTES in trial.metrics:
+        return int(trial.metrics[ADAPTER_BYTES])
     kept = sorted(folder.glob("checkpoint/step-*/adapter.safetensors"))
     return kept[-1].stat().st_size if kept else None
 

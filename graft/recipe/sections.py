@@ -11,15 +11,16 @@ from pydantic import Field, field_validator, model_validator
 from graft.artifacts.names import require_name
 from graft.compressors.base import COMPRESSORS, Compressor
 from graft.core.model import Listed, StrictModel
-from graft.core.registry import nearest
 from graft.core.sizes import parse_bytes
 from graft.data.mixture import DataPart
 from graft.methods.base import METHODS, Method, Surroundings
 from graft.metrics.base import METRICS, Metric
 from graft.models.section import ModelSection, QuantizationSection
 from graft.objectives.base import Objective
+from graft.recipe.costs import PREFIX, require_cost
 from graft.recipe.mixture import AnyData, AnyObjective, DataMixture
 from graft.recipe.operation import LoopSection, ServeSection, TrackSection, WatchSection
+from graft.recipe.searched import cost_obstacle, require_known_metrics
 from graft.recipe.storage import require_database_url
 
 AnyMethod = Annotated[Method, *METHODS.field()]
@@ -155,10 +156,19 @@ class ScaleSection(StrictModel):
 
 
 class SearchObjective(StrictModel):
-    """A metric to search for."""
+    """A metric to search for; the first one of a search chooses the winner."""
 
     metric: str
+    """`eval/...` of held-out rows, `train/...`, or a cost: `cost/adapter_bytes`,
+    `cost/peak_memory_bytes`, `cost/latency_ms` (see docs/search.md)."""
     mode: Literal["min", "max"]
+
+    @model_validator(mode="after")
+    def cost_is_minimised(self) -> SearchObjective:
+        """Refuses an unknown cost, and the dearest."""
+        if self.metric.startswith(PREFIX):
+            require_cost(self.metric, self.mode)
+        return self
 
 
 class AshaScheduler(StrictModel):
@@ -182,7 +192,8 @@ class SearchSection(StrictModel):
     trials: int = Field(16, ge=1)
     objectives: Listed[SearchObjective] = (SearchObjective(metric="eval/loss", mode="min"),)
     scheduler: Annotated[AshaScheduler | NoScheduler, Field(discriminator="type")] = AshaScheduler()
-    sampler: Literal["auto", "tpe", "random", "grid", "qmc"] = "auto"
+    sampler: Literal["auto", "tpe", "gp", "nsga2", "random", "grid", "qmc"] = "auto"
+    """How holes are filled; `auto` is tpe, or grid where the whole space is within the budget."""
     executor: Literal["auto", "packed", "dedicated"] = "auto"
     """`packed`: slots on one base; `dedicated`: a Ray Train run a trial; `auto`: by trial."""
     pack_slots: int = Field(8, ge=1)
@@ -225,6 +236,29 @@ class SearchSection(StrictModel):
             raise ValueError(
                 f"sampler {self.sampler} learns nothing from warm_start; use auto or tpe, or "
                 "points_from, which tries the best points of those studies first"
+            )
+        return self
+
+    @field_validator("objectives")
+    @classmethod
+    def objectives_are_distinct(
+        cls, objectives: tuple[SearchObjective, ...]
+    ) -> tuple[SearchObjective, ...]:
+        """Refuses none, and one metric twice."""
+        names = [objective.metric for objective in objectives]
+        if not names:
+            raise ValueError("names no metric; name one, as {metric: eval/loss, mode: min}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"names {twice[0]!r} twice; keep one")
+        return objectives
+
+    @model_validator(mode="after")
+    def sampler_suits_objectives(self) -> SearchSection:
+        """Refuses a sampler of several objectives for one."""
+        if self.sampler == "nsga2" and len(self.objectives) == 1:
+            raise ValueError(
+                "sampler nsga2 selects by several objectives, and search.objectives names one; "
+                "name a second (as cost/adapter_bytes), or use tpe"
             )
         return self
 
@@ -464,28 +498,14 @@ class Recipe(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def costs_can_be_measured(self) -> Recipe:
+        """Refuses costs without quality, and latency where nothing can be timed."""
+        if obstacle := cost_obstacle(self):
+            raise ValueError(obstacle)
+        return self
+
+    @model_validator(mode="after")
     def metrics_are_known(self) -> Recipe:
         """Refuses a search or a gate on a held-out metric that nobody computes."""
-        wanted = [objective.metric for objective in self.search.objectives]
-        if len(set(wanted)) != len(wanted):
-            raise ValueError("search.objectives names one metric twice; keep one")
-        names = METRICS.names()
-        held_out = [f"{part.name}/" for part in self.parts if part.name and part.section.eval]
-        known = [f"eval/{part}{name}" for part in ("", *held_out) for name in names]
-        listed = {metric.type for metric in self.eval.metrics}
-        for metric in (*wanted, self.loop.gate.metric):
-            if not metric.startswith("eval/"):
-                continue
-            if metric not in known:
-                raise ValueError(
-                    f"unknown metric {metric!r}.{nearest(metric, known)} Known: {', '.join(known)}"
-                )
-            name = metric.rpartition("/")[2]
-            fields = METRICS.get(name).model_fields
-            required = [key for key, field in fields.items() if field.is_required()]
-            if required and name not in listed:
-                raise ValueError(
-                    f"metric {metric!r} needs settings ({', '.join(required)}): "
-                    "list it with them in eval.metrics"
-                )
+        require_known_metrics(self)
         return self

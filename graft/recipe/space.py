@@ -22,6 +22,7 @@ from graft.recipe.checking import (
     parse_sections,
     try_fillings,
 )
+from graft.recipe.costs import LATENCY_MS
 from graft.recipe.holes import (
     SECTIONS_WITH_HOLES,
     Elsewhere,
@@ -244,7 +245,7 @@ class RecipeSpace:
         metrics = [objective.metric for objective in self._example.search.objectives]
         if self.is_complete or self._example.data.eval is not None:
             return None
-        if not any(metric.startswith("eval/") for metric in metrics):
+        if not any(metric.startswith("eval/") or metric == LATENCY_MS for metric in metrics):
             return None
         return Problem(
             ("data",),

@@ -31,7 +31,8 @@ class TrialFacts(StrictModel):
     reason: str | None = None
     """Why it failed or could not be."""
     adapter_bytes: int | None = None
-    """Trained weights as they were kept, fp32."""
+    """Of the published tensor file where the search is for it; else of the trained weights as they
+    were kept, fp32."""
     searched: Listed[CurvePoint] = ()
     """The first searched metric by step."""
     train_loss: Listed[CurvePoint] = ()
@@ -42,6 +43,8 @@ class ObjectiveFacts(StrictModel):
 
     metric: str
     mode: Literal["min", "max"]
+    unit: str = ""
+    """`bytes`, `ms`; empty where the name says enough."""
 
 
 class SplitFacts(StrictModel):

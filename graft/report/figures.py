@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graft.recipe.costs import ADAPTER_BYTES
 from graft.report.facts import DriftPoint, StudyReport, TrialFacts
 from graft.report.svg import Line, Marks, Point, Rule, bars, number, plot
 
@@ -71,7 +72,8 @@ def trade_offs(report: StudyReport) -> list[tuple[str, str]]:
         if objective.metric in t.metrics and t.state not in ("failed", "infeasible")
     ]
     charts = []
-    if shown and all(trial.adapter_bytes for trial in shown):
+    is_searched = any(other.metric == ADAPTER_BYTES for other in report.objectives[1:])
+    if shown and not is_searched and all(trial.adapter_bytes for trial in shown):
         charts.append(
             (
                 "Quality and adapter size",
@@ -90,19 +92,29 @@ def trade_offs(report: StudyReport) -> list[tuple[str, str]]:
                 _scatter(report, shown, "training time, s", [t.seconds for t in shown]),
             )
         )
-    if len(report.objectives) > 1:
-        second = report.objectives[1].metric
-        both = [t for t in shown if second in t.metrics]
+    searched = []
+    for other in report.objectives[1:]:
+        both = [t for t in shown if other.metric in t.metrics]
         if both:
-            values = [t.metrics[second] for t in both]
-            charts.append(
-                (f"{objective.metric} and {second}", _scatter(report, both, second, values))
+            scale, unit = (1e6, "MB") if other.unit == "bytes" else (1.0, other.unit)
+            svg = _scatter(
+                report,
+                both,
+                f"{other.metric}, {unit}".removesuffix(", "),
+                [t.metrics[other.metric] / scale for t in both],
+                x_is_max=other.mode == "max",
             )
-    return charts
+            searched.append((f"{objective.metric} and {other.metric}", svg))
+    return searched + charts
 
 
 def _scatter(
-    report: StudyReport, trials: Sequence[TrialFacts], x_label: str, x_values: Sequence[float]
+    report: StudyReport,
+    trials: Sequence[TrialFacts],
+    x_label: str,
+    x_values: Sequence[float],
+    *,
+    x_is_max: bool = False,
 ) -> str:
     objective = report.objectives[0]
     points: dict[str, list[Point]] = {"stopped": [], "done": [], "best": []}
@@ -115,7 +127,9 @@ def _scatter(
         x_label=x_label,
         y_label=objective.metric,
         title=f"{objective.metric} against {x_label}",
-        lines=[Line(staircase(finished, is_max=objective.mode == "max"), "front")],
+        lines=[
+            Line(staircase(finished, is_max=objective.mode == "max", x_is_max=x_is_max), "front")
+        ],
         marks=[
             Marks(points["stopped"], "stopped"),
             Marks(points["done"], "done"),
@@ -124,18 +138,26 @@ def _scatter(
     )
 
 
-def staircase(points: Sequence[Point], *, is_max: bool) -> list[Point]:
-    """The front of the points: the best value that so much x buys, as steps."""
+def staircase(points: Sequence[Point], *, is_max: bool, x_is_max: bool = False) -> list[Point]:
+    """The front of the points: the best value that so much x buys, as steps.
+
+    Args:
+        points: In any order.
+        is_max: More of y is better.
+        x_is_max: More of x is better too, not less.
+    """
     best: float | None = None
     steps: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.x, -p.y if is_max else p.y)):
+    along = -1 if x_is_max else 1
+    for point in sorted(points, key=lambda p: (along * p.x, -p.y if is_max else p.y)):
         if best is None or (point.y > best if is_max else point.y < best):
             if best is not None:
                 steps.append(Point(point.x, best))
             steps.append(Point(point.x, point.y))
             best = point.y
     if steps and best is not None:
-        steps.append(Point(max(p.x for p in points), best))
+        last = max(points, key=lambda p: along * p.x)
+        steps.append(Point(last.x, best))
     return steps
 
 

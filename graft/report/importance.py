@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from graft.core.pareto import dominates
 from graft.report.facts import Importance, ObjectiveFacts, TrialFacts
 
 MIN_TRIALS = 6
@@ -54,22 +55,27 @@ def importances(
 
 
 def front(trials: Sequence[TrialFacts], objectives: Sequence[ObjectiveFacts]) -> tuple[int, ...]:
-    """Numbers of the complete trials that none beats in every metric and in adapter bytes."""
+    """Numbers of the complete trials that none beats in every metric and in adapter bytes.
+
+    Bytes count where they are known of all: a search that is not for them keeps few checkpoints.
+    """
+    found = [
+        trial
+        for trial in trials
+        if trial.state == "complete" and all(o.metric in trial.metrics for o in objectives)
+    ]
+    sizes = [trial.adapter_bytes for trial in found]
     costs = {
         trial.number: [
             *(_cost(trial, objective) for objective in objectives),
-            float(trial.adapter_bytes or 0),
+            0.0 if None in sizes else float(trial.adapter_bytes or 0),
         ]
-        for trial in trials
-        if trial.state == "complete" and all(o.metric in trial.metrics for o in objectives)
+        for trial in found
     }
     return tuple(
         number
         for number, own in costs.items()
-        if not any(
-            other != own and all(a <= b for a, b in zip(other, own, strict=True))
-            for other in costs.values()
-        )
+        if not any(dominates(other, own) for other in costs.values())
     )
 
 

@@ -8,10 +8,17 @@ from html import escape
 from typing import NamedTuple
 
 from graft.artifacts.record import ParityReport
+from graft.recipe.costs import unit_of
 from graft.report.facts import FormFacts, StudyReport, TrialFacts
 from graft.report.figures import drift_timeline, setting
 from graft.report.svg import number
-from graft.report.words import bytes_words, duration_words, interval_words, short_name
+from graft.report.words import (
+    bytes_words,
+    duration_words,
+    interval_words,
+    metric_words,
+    short_name,
+)
 
 
 class Cell(NamedTuple):
@@ -48,7 +55,12 @@ def trials_table(report: StudyReport) -> str:
             Cell(str(trial.number) + (" ★" if css else "")),
             Cell(pill(trial.state, _STATES.get(trial.state, ""))),
             *(Cell(escape(setting(trial.params[p])) if p in trial.params else "") for p in params),
-            *(Cell(number(trial.metrics[m]) if m in trial.metrics else "", "num") for m in metrics),
+            *(
+                Cell(
+                    metric_words(trial.metrics[m], unit_of(m)) if m in trial.metrics else "", "num"
+                )
+                for m in metrics
+            ),
             Cell(str(trial.steps), "num"),
             Cell(duration_words(trial.seconds) if trial.seconds else "", "num"),
             Cell(bytes_words(trial.adapter_bytes) if trial.adapter_bytes else "", "num"),
@@ -69,7 +81,7 @@ def trials_table(report: StudyReport) -> str:
 def _metric_columns(report: StudyReport) -> list[str]:
     """The searched metrics first, then what else every trial measured."""
     searched = [o.metric for o in report.objectives]
-    shown = ("eval/", "method/", "objective/", "rollout/", "train/loss")
+    shown = ("eval/", "cost/", "method/", "objective/", "rollout/", "train/loss")
     others = {m for t in report.trials for m in t.metrics if m.startswith(shown)}
     return searched + sorted(others - set(searched))
 

@@ -31,6 +31,13 @@ def bytes_words(num: int) -> str:
     return f"{size:.3g} GB"
 
 
+def metric_words(value: float, unit: str) -> str:
+    """A measured value with its unit: `1.3 MB`, `12.5 ms`."""
+    if unit == "bytes":
+        return bytes_words(round(value))
+    return f"{number(value)} {unit}".strip()
+
+
 def duration_words(seconds: float) -> str:
     """`4 min 10 s`."""
     if seconds < 60:

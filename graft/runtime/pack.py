@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.core.errors import GraftError, TrainingError
+from graft.engine.costs import costs_of
 from graft.engine.memory.exhausted import exhausted_bytes
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.run import (
@@ -317,7 +318,9 @@ class Pack:
         rows = seat.run.recipe.search.eval_rows
         report = report_on(seat.window, seat.seconds) | measure(seat.run, name, rows)
         searched = seat.run.recipe.search.objectives[0]
-        save_progress(seat.folder, self._trainer.state(name), report, seat.facts, searched)
+        state = self._trainer.state(name)
+        report |= costs_of(seat.run, name, state.tensors, report, seat.folder)
+        save_progress(seat.folder, state, report, seat.facts, searched)
         seat.window = []
         is_done = seat.run.recipe.train.ends_with(report)
         if is_done:

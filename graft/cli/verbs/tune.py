@@ -22,6 +22,9 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
         return
     from rich.table import Table
 
+    from graft.recipe.costs import unit_of
+    from graft.report.words import metric_words
+
     names = list(dict.fromkeys(name for trial in record.trials for name in trial.params))
     metrics = list(dict.fromkeys(["train/loss", *record.searched]))
     table = Table(title=f"study {record.study}", box=None, header_style="bold")
@@ -34,7 +37,10 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
             trial.state,
             str(trial.steps),
             *(_cell(trial.params.get(name)) for name in names),
-            *(_cell(trial.metrics.get(name)) for name in metrics),
+            *(
+                metric_words(trial.metrics[name], unit_of(name)) if name in trial.metrics else ""
+                for name in metrics
+            ),
             f"{trial.seconds:.1f}",
             style="bold" if is_best else None,
         )

@@ -63,3 +63,20 @@ def test_the_front_keeps_what_nobody_beats() -> None:
 
     trials = [sized(0, 0.5, 8), sized(1, 0.4, 16), sized(2, 0.45, 16), sized(3, 0.4, 16)]
     assert front(trials, [LOSS]) == (0, 1, 3)
+
+
+def test_unknown_sizes_put_nobody_on_the_front() -> None:
+    """A search that is not for bytes keeps the checkpoints of few trials."""
+    kept = trial(0, 0.4).model_copy(update={"adapter_bytes": 16})
+    assert front([kept, trial(1, 0.5), trial(2, 0.6)], [LOSS]) == (0,)
+
+
+def test_the_front_is_of_every_searched_cost() -> None:
+    searched = [LOSS, ObjectiveFacts(metric="cost/latency_ms", mode="min", unit="ms")]
+
+    def timed(number: int, loss: float, ms: float) -> TrialFacts:
+        metrics = {"eval/loss": loss, "cost/latency_ms": ms}
+        return TrialFacts(number=number, state="complete", params={}, metrics=metrics)
+
+    trials = [timed(0, 0.5, 20), timed(1, 0.4, 30), timed(2, 0.45, 31), timed(3, 0.6, 19)]
+    assert front(trials, searched) == (0, 1, 3)

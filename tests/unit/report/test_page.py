@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from graft.report import StudyReport, render
+from graft.report import ObjectiveFacts, StudyReport, render
+from graft.report.figures import staircase
 from graft.report.svg import Line, Point, Scale, number, plot
 from tests.unit.report.example import METRIC, example_report
 
@@ -125,3 +126,25 @@ def test_a_single_point_and_a_flat_curve_can_be_drawn() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_searched_costs_are_drawn_and_listed_with_their_units() -> None:
+    costs = {"cost/adapter_bytes": 1_250_000.0, "cost/latency_ms": 41.25}
+    objectives = (
+        ObjectiveFacts(metric=METRIC, mode="max"),
+        ObjectiveFacts(metric="cost/adapter_bytes", mode="min", unit="bytes"),
+        ObjectiveFacts(metric="cost/latency_ms", mode="min", unit="ms"),
+    )
+    shown = tuple(
+        t.model_copy(update={"metrics": {**t.metrics, **costs}}) for t in example_report().trials
+    )
+    page = render(example_report().model_copy(update={"objectives": objectives, "trials": shown}))
+    for words in ("1.25 MB", "41.2 ms", "cost/adapter_bytes, MB", "cost/latency_ms, ms"):
+        assert words in page
+    assert "adapter size, MB (fp32)" not in page  # the searched chart says it
+
+
+def test_the_front_of_two_maximised_metrics_falls_to_the_right() -> None:
+    points = [Point(1, 0.9), Point(3, 0.5), Point(2, 0.4)]
+    steps = staircase(points, is_max=True, x_is_max=True)
+    assert [(p.x, p.y) for p in steps] == [(3, 0.5), (1, 0.5), (1, 0.9), (1, 0.9)]
