@@ -53,6 +53,10 @@ class Plan(StrictModel):
     """Different recipes in the space; None where a range makes them uncountable."""
     objectives: Listed[str]
     scheduler: str
+    sampler: str
+    """Which one is taken, and why."""
+    warning: str
+    """What the budget amounts to, where it is small for the space; else empty."""
     parameters: Listed[PlannedParameter]
     branches: Listed[PlannedBranch]
     compatibility: Listed[MethodSupport]
@@ -86,7 +90,9 @@ def plan(
     Raises:
         ConfigError: The hardware is not understood.
     """
-    sections = space.sections()
+    from graft.runtime.samplers import budget_warning, choose_sampler
+
+    sections, chosen = space.sections(), choose_sampler(space)
     target = find_target(gpu, cluster, space.example(), host_memory)
     kinds = [_kind(space, choices) for choices in _branches(space)]
     planned, unknown = None, ""
@@ -105,6 +111,8 @@ def plan(
         num_combinations=space.num_combinations,
         objectives=tuple(f"{o.mode} {o.metric}" for o in sections.search.objectives),
         scheduler=sections.search.scheduler.type,
+        sampler=f"{chosen.name}: {chosen.reason}",
+        warning="" if space.is_complete else budget_warning(space) or "",
         parameters=tuple(
             PlannedParameter(
                 name=name,

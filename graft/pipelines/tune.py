@@ -109,20 +109,21 @@ def tune(
         MissingDependencyError: The driver of its database is not installed.
         TrainingError: No trial could be completed, or the study's database went away.
     """
+    from graft.runtime.samplers import settled_search
     from graft.runtime.storage import require_storage
     from graft.runtime.study import open_study
     from graft.runtime.warm_start import find_earlier, take_over
 
     started = time.monotonic()
     _require_holes(space)
-    sections = space.sections()
+    sections, search = space.sections(), settled_search(space)
     _require_device(space, address)
     require_storage(sections.search)
     folder = home / "studies" / sections.name
     require_writable(folder, "the study", keep=False)
     facts = study_facts(space, home=home, progress=progress)
     earlier = find_earlier(space, facts, folder)
-    with open_study(folder, sections.search, facts, progress=progress) as study:
+    with open_study(folder, search, facts, progress=progress) as study:
         _save_recipe(space, folder)
         study.enqueue(space.points())
         take_over(study, earlier, space, progress)

@@ -22,6 +22,7 @@ from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
 from graft.runtime.placement import ON_HEAD, node_places, worker_needs
+from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
 from graft.runtime.session import RaySession
@@ -91,6 +92,7 @@ class Search:
             admit=worker_needs,
         )
         prepare_ops(self._space.scales(), self._watch.progress)
+        self._say_how()
         if queue.num_resumed:
             self._watch.say("resume", trials=queue.num_resumed)
 
@@ -101,6 +103,22 @@ class Search:
                 return self._dedicated_turn(queue, memory)
 
         take_turns(queue, turn)
+        if queue.is_exhausted:
+            ended, budget = num_ended(self._study), self._section.trials
+            self._watch.say("exhausted", trials=ended)
+            self._watch.progress.note(
+                f"every point of the space has been tried: the search ends with {ended} of "
+                f"{budget} trials"
+            )
+
+    def _say_how(self) -> None:
+        """Tells people and events which sampler is taken, and what the budget amounts to."""
+        chosen = choose_sampler(self._space)
+        self._watch.say("sampler", name=chosen.name, reason=chosen.reason)
+        self._watch.progress.note(f"sampler {chosen.name}: {chosen.reason}")
+        if warning := budget_warning(self._space):
+            self._watch.say("warning", words=warning)
+            self._watch.progress.note(warning)
 
     def _memory_cap(self) -> MemoryCap:
         from graft.engine.memory.cap import MemoryCap

@@ -19,6 +19,7 @@ from graft.core.errors import ConfigError, MissingDependencyError
 from graft.core.files import write_json
 from graft.core.sizes import format_bytes
 from graft.engine.checkpoint import newest_step
+from graft.engine.costs import predict_costs
 from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.scheduler import STEP
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from graft.engine.memory.stand_ins import DeviceType
     from graft.recipe.space import RecipeSpace
 
-_MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/")
+_MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/", "cost/")
 
 Executor = Literal["packed", "dedicated"]
 
@@ -153,6 +154,8 @@ class TrialQueue:
         self._is_exhausted = False
         self._held: dict[int, str] = {}
         """Half-trained trial → why it cannot go on here and now."""
+        self._fault: str | None = None
+        """Why no other trial can succeed either."""
         self.num_resumed = 0
         self.refill()
 
@@ -182,8 +185,11 @@ class TrialQueue:
         """Returns the executor whose turn it is, or None where nothing is left to do.
 
         Raises:
-            ConfigError: All that is left are trials that are half-trained and cannot go on here.
+            ConfigError: All that is left are trials that are half-trained and cannot go on here; no
+                trial reports a searched metric.
         """
+        if self._fault is not None:
+            raise ConfigError(self._fault)
         if not any(self._waiting.values()) and (asked := self._ask()) is not None:
             self._waiting[self._space.executor_of(asked.recipe)].append(asked)
         longest = max(self._waiting, key=lambda executor: len(self._waiting[executor]))
@@ -198,6 +204,8 @@ class TrialQueue:
 
     def next(self, executor: Executor) -> Asked | None:
         """Returns the next trial for an executor, or None where its turn is over."""
+        if self._fault is not None:
+            return None
         while self._waiting[executor]:
             waiting = self._waiting[executor].popleft()
             if self._still_fits(waiting):
@@ -215,6 +223,15 @@ class TrialQueue:
     def put_back(self, asked: Asked, executor: Executor) -> None:
         """Puts a trial first in line that nobody runs any more."""
         self._waiting[executor].appendleft(asked)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Every point of the space has been tried."""
+        return self._is_exhausted
+
+    def give_up(self, fault: str) -> None:
+        """Begins no more trials; `turn_of` says why."""
+        self._fault = fault
 
     def recipes_for(self, executor: Executor) -> list[Recipe]:
         """Returns what an executor may be given: the trials in line for it and the examples."""
@@ -299,6 +316,8 @@ class StudySearcher(Searcher):
         study = self._queue.study
         folder = study.trial_folder(asked.number)
         write_json(folder / RECIPE_FILE, asked.recipe.model_dump(mode="json"))
+        if self._queue.memory is not None:
+            predict_costs(folder, asked.recipe, self._queue.memory)
         study.note(asked.number, executor=self.executor)
         forget_failure(folder)
         self._trials[trial_id] = asked
@@ -348,8 +367,24 @@ class StudySearcher(Searcher):
         trial = study.trial(number)
         if asked.recipe.train.ends_with({**trial.metrics, STEP: trial.steps}):
             study.tell(number, "complete")
+            self._require_metrics(number)
         elif result is not None and STEP in result:
             study.tell(number, "stopped")
+
+    def _require_metrics(self, number: int) -> None:
+        """Ends a search for what trials do not report, after the first that has ended so."""
+        study = self._queue.study
+        if any(trial.state == "complete" for trial in study.trials):
+            return
+        reports = read_reports(study.trial_folder(number))
+        known = sorted({n for report in reports for n in report if n.startswith(_MEASURED)})
+        absent = [o.metric for o in study.section.objectives if o.metric not in known]
+        if absent:
+            self._queue.give_up(
+                f"search.objectives names {', '.join(absent)}, which no trial reports: trial "
+                f"{number} has ended and reported {', '.join(known)}. Name one of these, under "
+                "another name of the recipe, for this study is of the old objectives"
+            )
 
     def _failure(self, asked: Asked) -> Failure | None:
         """Says why a trial failed; None where it was lost with its seat, and is run again."""

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import ConfigError, TrainingError
+from graft.core.pareto import dominates
 from graft.core.progress import QUIET, Progress
-from graft.core.seeds import derive_seed
 from graft.core.spaces import Float, Int, Space
 from graft.runtime.postgres import PATIENCE_S
+from graft.runtime.samplers import endless_grid, seeded_sampler
 from graft.runtime.storage import Kept, storage_to_drive, storage_to_read
 from graft.runtime.trials import (
     Asked,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from graft.recipe.sections import Recipe, SearchSection
 
 _MAX_INFEASIBLE_IN_A_ROW = 100
-_STARTUP_TRIALS = 8
-"""Random points before the sampler learns from results."""
 _EARLIER = "earlier"
 """Marks a trial of another study with where it is from."""
 
@@ -156,7 +155,7 @@ class Study:
         Raises:
             ConfigError: One impossible point after another, or a grid over a continuous range.
         """
-        reason = ""
+        reason, is_grid = "", self.section.sampler == "grid"
         for _ in range(_MAX_INFEASIBLE_IN_A_ROW):
             trial = self._study.ask()
             try:
@@ -167,9 +166,13 @@ class Study:
             except ConfigError as error:
                 reason = str(error)
                 self._refuse(trial, reason)
+                if is_grid and self._same(trial) and any(t.uses_budget for t in self.trials):
+                    return None
                 continue
-            if self.section.sampler == "grid" and self._is_repeated(trial):
-                self._refuse(trial, "every point of the grid has been tried")
+            if is_grid and any(t.uses_budget for t in self._same(trial)):
+                self._refuse(trial, "this point has been tried")
+                if "fixed_params" in self._frozen(trial.number).system_attrs:
+                    continue  # it was asked for by name, and says nothing of the others
                 return None
             return self._proposed(trial, recipe)
         raise ConfigError(
@@ -275,10 +278,7 @@ class Study:
         return [
             trial
             for trial, own in zip(complete, costs, strict=True)
-            if not any(
-                other != own and all(a <= b for a, b in zip(other, own, strict=True))
-                for other in costs
-            )
+            if not any(dominates(other, own) for other in costs)
         ]
 
     def _costs(self, trial: TrialRecord) -> list[float]:
@@ -296,10 +296,7 @@ class Study:
                 return trial.suggest_int(name, space.low, space.high)
             if isinstance(space, Float):
                 if is_grid:
-                    raise _EndlessGridError(
-                        f"search.sampler grid cannot count the range of {name}; make it a choice, "
-                        "or use another sampler"
-                    )
+                    raise _EndlessGridError(str(endless_grid(name)))
                 return trial.suggest_float(name, space.low, space.high, log=space.log)
             return trial.suggest_categorical(name, list(space.values))
 
@@ -316,11 +313,9 @@ class Study:
         trial.set_user_attr("infeasible", reason)
         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
-    def _is_repeated(self, trial: optuna.trial.Trial) -> bool:
-        return any(
-            t.number != trial.number and t.uses_budget and t.params == trial.params
-            for t in self.trials
-        )
+    def _same(self, trial: optuna.trial.Trial) -> list[TrialRecord]:
+        """The other trials of the same point."""
+        return [t for t in self.trials if t.number != trial.number and t.params == trial.params]
 
     def _own(self) -> list[optuna.trial.FrozenTrial]:
         return [f for f in self._study.get_trials(deepcopy=False) if _EARLIER not in f.user_attrs]
@@ -416,7 +411,7 @@ def _open(folder: Path, section: SearchSection, facts: StudyFacts, kept: Kept) -
         storage=kept.storage,
         study_name=kept.name,
         directions=["minimize" if o.mode == "min" else "maximize" for o in section.objectives],
-        sampler=_seeded_sampler(section),
+        sampler=seeded_sampler(section),
         load_if_exists=True,
     )
     known = study.user_attrs.get("facts")
@@ -434,66 +429,3 @@ def _require_same(name: str, known: StudyFacts, given: StudyFacts) -> None:
             f"study {name!r} was begun with {' and '.join(changed)} than this recipe has; its "
             "trials would not compare. Give the recipe another name, or restore what it was"
         )
-
-
-def _build_sampler(section: SearchSection, number: int) -> optuna.samplers.BaseSampler:
-    """Returns the sampler of one trial."""
-    from optuna.samplers import BruteForceSampler, QMCSampler, RandomSampler, TPESampler
-
-    seed = derive_seed("sampler", section.seed, number) % 2**32
-    if section.sampler == "random":
-        return RandomSampler(seed=seed)
-    if section.sampler == "grid":
-        return BruteForceSampler(seed=seed)
-    if section.sampler == "qmc":
-        return QMCSampler(
-            scramble=True,
-            seed=section.seed,
-            independent_sampler=RandomSampler(seed=seed),
-            warn_independent_sampling=False,
-        )
-    several = len(section.objectives) > 1
-    return TPESampler(
-        seed=seed,
-        n_startup_trials=_STARTUP_TRIALS,
-        multivariate=not several,
-        group=not several,  # a joint density for each branch of a conditional space
-    )
-
-
-def _seeded_sampler(section: SearchSection) -> optuna.samplers.BaseSampler:
-    """Returns a sampler whose draws depend on the seed, a trial's number and the history alone."""
-    import optuna
-
-    class TrialSeededSampler(optuna.samplers.BaseSampler):
-        """Builds the sampler anew for each trial."""
-
-        def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._of_trial = _build_sampler(section, trial.number)
-            self._of_trial.before_trial(study, trial)
-
-        def infer_relative_search_space(
-            self, study: optuna.Study, trial: optuna.trial.FrozenTrial
-        ) -> dict[str, optuna.distributions.BaseDistribution]:
-            return self._of_trial.infer_relative_search_space(study, trial)
-
-        def sample_relative(
-            self,
-            study: optuna.Study,
-            trial: optuna.trial.FrozenTrial,
-            search_space: dict[str, optuna.distributions.BaseDistribution],
-        ) -> dict[str, Any]:
-            return self._of_trial.sample_relative(study, trial, search_space)
-
-        def sample_independent(
-            self,
-            study: optuna.Study,
-            trial: optuna.trial.FrozenTrial,
-            param_name: str,
-            param_distribution: optuna.distributions.BaseDistribution,
-        ) -> Any:
-            return self._of_trial.sample_independent(study, trial, param_name, param_distribution)
-
-    return TrialSeededSampler()

@@ -85,6 +85,10 @@ def _show_plan(record: Plan, console: Console) -> None:
         f"{record.name}: {record.trials} trials of {count} combinations, "
         f"{', '.join(record.objectives)}, scheduler {record.scheduler}"
     )
+    if record.parameters:
+        console.print(f"sampler {record.sampler}")
+    if record.warning:
+        console.print(record.warning)
     space = Table("setting", "values", "only with", box=None, pad_edge=False)
     for parameter in record.parameters:
         only = ", ".join(f"{name} = {label}" for name, label in parameter.opened_by.items())

@@ -218,3 +218,18 @@ def test_the_worst_point_is_found_where_less_is_more(
     assert branch.memory.at == {"scale/workers": "1"}
     alone = predict_memory(space.fix({"scale/workers": 1}), ModelShape.of(model_folder), "cuda")
     assert branch.memory.device_bytes == alone.device_bytes
+
+
+def test_a_plan_says_which_sampler_is_taken_and_what_the_budget_amounts_to(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    few = space_of(tmp_path, model_folder, data_folder, train={"steps": 16, "batch_size": 2})
+    record = plan(few, home=tmp_path)
+    assert record.sampler == "grid: the space has 2 points for 6 trials: each is tried once"
+    assert record.warning == ""
+    method = {"type": "lora", "r": {"int": [1, 100]}, "lora_alpha": {"int": [1, 100]}}
+    train = {"steps": 16, "batch_size": 2}
+    many = space_of(tmp_path, model_folder, data_folder, method=method, train=train)
+    record = plan(many, home=tmp_path)
+    assert record.sampler.startswith("tpe: ")
+    assert "10,000 points and search.trials is 6" in record.warning
