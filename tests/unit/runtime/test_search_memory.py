@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,12 @@ from graft.data.mixture import prepare_parts
 from graft.engine.memory.cap import Limits, MemoryCap
 from graft.engine.memory.shape import ModelShape
 from graft.engine.run import LoadedRun, load_run
-from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, REPORTS_FILE
+from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE
 from graft.methods.base import METHODS
 from graft.methods.lora import LoraMethod
 from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe, to_yaml
-from graft.recipe.sections import Recipe, SearchObjective
+from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.pack import Pack
 from graft.runtime.search import num_concurrent, num_ended, take_turns
@@ -489,36 +488,3 @@ def test_a_trial_waits_until_it_has_room_beside_the_others(
     while report is None:
         report = pack.next_report(2, 0)
     assert report["steps"] == 2
-
-
-def test_a_metric_that_no_trial_reports_is_said_after_the_first(
-    space: RecipeSpace, tmp_path: Path
-) -> None:
-    section = space.sections().search.model_copy(
-        update={"objectives": (SearchObjective(metric="objective/reward", mode="max"),)}
-    )
-    with open_study(tmp_path / "absent", section, FACTS) as study:
-        queue = TrialQueue(study, space, turn=4)
-        searcher = StudySearcher(queue, "packed")
-        searcher.suggest("a")
-        said = {"event": "report", "steps": 4, "seconds": 1.0, "eval/loss": 1.0}
-        (study.trial_folder(0) / REPORTS_FILE).write_text(json.dumps(said) + "\n")
-        searcher.on_trial_complete("a", said)
-        assert study.trial(0).state == "failed"
-        assert searcher.suggest("b") == "FINISHED"
-        with pytest.raises(ConfigError, match=r"objective/reward, which no trial reports: .*loss"):
-            queue.turn_of()
-
-
-def test_a_metric_that_was_reported_but_not_finite_ends_no_search(
-    space: RecipeSpace, tmp_path: Path
-) -> None:
-    with open_study(tmp_path / "broken", space.sections().search, FACTS) as study:
-        queue = TrialQueue(study, space, turn=4)
-        searcher = StudySearcher(queue, "packed")
-        searcher.suggest("a")
-        said = {"event": "report", "steps": 4, "seconds": 1.0, "eval/loss": float("nan")}
-        (study.trial_folder(0) / REPORTS_FILE).write_text(json.dumps(said) + "\n")
-        searcher.on_trial_complete("a", said)
-        assert study.trial(0).state == "failed"
-        assert isinstance(searcher.suggest("b"), dict)
