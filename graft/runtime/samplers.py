@@ -38,7 +38,8 @@ def choose_sampler(space: RecipeSpace) -> SamplerChoice:
     """Says which sampler a search takes, and why.
 
     A space that the budget holds whole is gone through, each point once, whichever sampler is
-    named: a point gives the same result again. Else `auto` is TPE: it learns from stopped trials,
+    named: a point gives the same result again. Beside earlier studies it is not: a grid passes over
+    the points that they have. Else `auto` is TPE: it learns from stopped trials,
     of settings that only some trials have, and for several objectives; the others do not.
 
     Raises:
@@ -48,7 +49,7 @@ def choose_sampler(space: RecipeSpace) -> SamplerChoice:
     ranges = [name for name, hole in space.holes.items() if isinstance(hole, Float)]
     if search.sampler == "grid" and ranges:
         raise endless_grid(ranges[0])
-    if num_points is not None and num_points <= search.trials:
+    if num_points is not None and num_points <= search.trials and not search.warm_start:
         words = f"the space has {num_points} points for {search.trials} trials: each is tried once"
         return SamplerChoice("grid", words)
     if search.sampler != "auto":
