@@ -197,25 +197,27 @@ def train_run(
             f"method: {error}; give method the settings that it was trained with"
         ) from error
     window = list(past.window) if past else []
-    report: Report = past.report if past else {"steps": 0, "seconds": 0.0}
-    seconds = report["seconds"]
+    report: Report = past.report if past else {"steps": 0, "seconds": 0.0, "tokens": 0}
+    seconds, tokens = report["seconds"], report["tokens"]
     is_complete = run.recipe.train.ends_with(report)
     while not is_complete and (steps := trainer.step()):
         last = steps[SLOT]
         require_finite(last, run.recipe)
         window.append(last)
         seconds += last.seconds
+        tokens += last.num_tokens
         if on_step is not None:
             on_step(last)
         if last.step % run.recipe.train.report_every == 0 or last.is_finished:
-            report = report_on(window, seconds) | measure(run, SLOT, eval_rows)
+            report = report_on(window, seconds, tokens) | measure(run, SLOT, eval_rows)
             report = keeper.keep(report)
             if on_report is not None:
                 on_report(report)
             window = []
             is_complete = run.recipe.train.ends_with(report)
         if leaves is not None and not is_complete and leaves():
-            keeper.keep_between_reports(report | {"seconds": seconds}, window)
+            reached = {"seconds": seconds, "tokens": tokens}
+            keeper.keep_between_reports(report | reached, window)
             return False
     return True
 
@@ -278,12 +280,13 @@ def read_result(folder: Path) -> TrainResult:
     )
 
 
-def report_on(window: list[StepReport], seconds: float) -> Report:
+def report_on(window: list[StepReport], seconds: float, tokens: float) -> Report:
     """Sums up the steps since the last report.
 
     Args:
         window: Those steps.
         seconds: Of the whole run so far.
+        tokens: Trained on so far, of the whole run.
     """
     last = window[-1]
     elapsed = sum(step.seconds for step in window)
@@ -294,6 +297,7 @@ def report_on(window: list[StepReport], seconds: float) -> Report:
     return {
         "steps": last.step,
         "seconds": seconds,
+        "tokens": tokens,
         "train/loss": sum(step.loss for step in window) / len(window),
         "train/lr": last.lr,
         "train/grad_norm": last.grad_norm,

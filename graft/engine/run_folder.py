@@ -27,7 +27,8 @@ FIGURES = "objective/"
 """What the objective told of itself stands in a report under names that begin so."""
 
 Report = dict[str, float]
-"""`steps`, `seconds`, `train/loss`, `train/tokens_per_s`, ..., and every measured `eval/...`."""
+"""`steps`, `seconds` and `tokens` of the whole run so far, `train/loss`, `train/tokens_per_s`, ...,
+and every measured `eval/...`."""
 
 
 class Resumed(NamedTuple):
@@ -35,7 +36,7 @@ class Resumed(NamedTuple):
 
     state: SlotState
     report: Report
-    """The last one, with the seconds up to the checkpoint; of step 0 where there was none yet."""
+    """The last one, with seconds and tokens up to the checkpoint; of step 0 where there is none."""
     window: list[StepReport]
     """What the steps since that report did."""
 
@@ -85,7 +86,7 @@ def save_between_reports(
     Args:
         folder: The run's.
         state: After the window's last step.
-        report: The last one, its seconds up to now.
+        report: The last one, its seconds and tokens up to now.
         window: The steps since.
         facts: JSON that must be equal when the run is continued.
 
@@ -116,7 +117,8 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Resumed | None:
                 f"{given.get(key)!r}; give this run another name, or remove that folder"
             )
     window = [StepReport.model_validate(step) for step in kept.get("window", ())]
-    return Resumed(state, kept["report"], window)
+    report = {"tokens": 0, **kept["report"]}  # older checkpoints did not count them
+    return Resumed(state, report, window)
 
 
 def drop_reports_after(folder: Path, steps: int) -> None:

@@ -65,6 +65,8 @@ class _Seat:
     renewed_s: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     """Of training, all attempts together."""
+    tokens: float = 0
+    """Trained on, all attempts together."""
     window: list[StepReport] = field(default_factory=list)
     """Step reports since the last report."""
 
@@ -255,8 +257,8 @@ class Pack:
         self._vacate(seat)  # of an earlier stay, where the trial came back before it was removed
         recipe, past = seat.run.recipe, read_progress(seat.folder, seat.facts)
         if past is not None:
-            seat.reported, seat.seconds = past.state.step, past.report["seconds"]
-            seat.window = past.window
+            seat.reported, seat.window = past.state.step, past.window
+            seat.seconds, seat.tokens = past.report["seconds"], past.report["tokens"]
         drop_reports_after(seat.folder, seat.reported)
         if past is not None and recipe.train.ends_with(past.report):
             with self._changed:
@@ -304,6 +306,7 @@ class Pack:
             if seat is None:
                 continue
             seat.seconds += step.seconds
+            seat.tokens += step.num_tokens
             seat.window.append(step)
             try:
                 require_finite(step, seat.run.recipe)
@@ -316,7 +319,8 @@ class Pack:
     def _report(self, seat: _Seat) -> None:
         name, last = str(seat.number), seat.window[-1]
         rows = seat.run.recipe.search.eval_rows
-        report = report_on(seat.window, seat.seconds) | measure(seat.run, name, rows)
+        report = report_on(seat.window, seat.seconds, seat.tokens)
+        report |= measure(seat.run, name, rows)
         searched = seat.run.recipe.search.objectives[0]
         state = self._trainer.state(name)
         report |= costs_of(seat.run, name, state.tensors, report, seat.folder)

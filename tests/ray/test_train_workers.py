@@ -61,6 +61,7 @@ def test_two_workers_under_zero_2_lose_as_one_process_does_at_every_step(
     alone, workers = read_reports(tmp_path / "one"), read_reports(tmp_path / "two")
     assert [report["steps"] for report in workers] == [1, 2, 3, 4, 5, 6]
     for given, expected in zip(workers, alone, strict=True):
+        assert given["tokens"] == expected["tokens"]
         assert given["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-4)
         assert given["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3)
         assert given["eval/loss"] == pytest.approx(expected["eval/loss"], abs=1e-4)

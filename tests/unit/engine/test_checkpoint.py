@@ -175,7 +175,7 @@ def test_a_run_that_left_between_reports_tells_what_its_window_held(tmp_path: Pa
         is_finished=False,
         figures={"reward": 1.0},
     )
-    report = {"steps": 4, "seconds": 2.5}
+    report = {"steps": 4, "seconds": 2.5, "tokens": 12}
     save_between_reports(tmp_path, state_at(5), report, [step], {"base": "one"})
     found = read_progress(tmp_path, {"base": "one"})
     assert found is not None

@@ -351,7 +351,7 @@ def test_a_run_past_a_bound_ends_in_words(bounds: dict[str, float], words: str) 
 
 def test_a_report_averages_what_was_told_of_rollouts_over_the_steps_that_had_one() -> None:
     reports = finish(joined("a", num_iterations=2))["a"]
-    report = report_on(reports[:4], 1.0)
+    report = report_on(reports[:4], 1.0, 100)
     expected = (reports[0].figures["reward"] + reports[2].figures["reward"]) / 2
     assert report["objective/reward"] == pytest.approx(expected)
     elapsed = sum(step.seconds for step in reports[:4])

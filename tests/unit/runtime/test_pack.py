@@ -192,7 +192,7 @@ def test_a_trial_goes_on_from_its_checkpoint_in_another_pack(
 ) -> None:
     pack = packs()
     whole = seat(pack, tmp_path / "whole", 0, loaded.recipe)
-    follow(pack, 0)
+    expected = [report["tokens"] for report in follow(pack, 0)]
     trial = seat(pack, tmp_path / "broken", 1, loaded.recipe)
     follow(pack, 1, until=2)
     pack.leave(1)
@@ -201,6 +201,8 @@ def test_a_trial_goes_on_from_its_checkpoint_in_another_pack(
     seat(other, tmp_path / "broken", 1, loaded.recipe)
     assert [r["steps"] for r in follow(other, 1)] == [4, 6]
     assert [r["steps"] for r in read_reports(trial)] == [2, 4, 6]
+    assert [r["tokens"] for r in read_reports(trial)] == expected
+    assert expected == sorted(set(expected))
     for name, value in weights(trial).items():
         torch.testing.assert_close(value, weights(whole)[name], rtol=1e-5, atol=1e-6)
 
