@@ -103,6 +103,8 @@ def derive_recipe(
     grace_steps = search["scheduler"].get("grace_steps")
     if grace_steps is not None and grace_steps > steps:
         search["scheduler"]["grace_steps"] = None
+    if search["scheduler"].get("grace_tokens") is not None:
+        search["scheduler"]["grace_tokens"] = "auto"  # of these rows and steps
     content["data"] |= {"train": data.train, "eval": data.search, "format": "auto"}
     content["data"] |= {"system": None, "limit": None, "eval_limit": None}
     content["train"] |= {

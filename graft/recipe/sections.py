@@ -178,6 +178,24 @@ class AshaScheduler(StrictModel):
     reduction_factor: int = Field(2, ge=2)
     grace_steps: int | None = Field(None, ge=1)
     """Steps before the first decision; None means a quarter of `train.steps`."""
+    grace_tokens: _Count | Literal["auto"] | None = None
+    """Tokens before the first decision, `auto` a quarter of the longest trial's: rungs then count
+    tokens in place of steps, so that trials of other batch sizes and lengths compare."""
+
+    @model_validator(mode="after")
+    def rungs_count_one_thing(self) -> AshaScheduler:
+        """Refuses rungs in steps and in tokens at once."""
+        if self.grace_steps is not None and self.grace_tokens is not None:
+            raise ValueError(
+                f"grace_steps {self.grace_steps} counts rungs in steps and grace_tokens "
+                f"{self.grace_tokens} in tokens; give one of them"
+            )
+        return self
+
+    @property
+    def unit(self) -> Literal["steps", "tokens"]:
+        """What rungs count."""
+        return "steps" if self.grace_tokens is None else "tokens"
 
 
 class NoScheduler(StrictModel):
@@ -190,6 +208,12 @@ class SearchSection(StrictModel):
     """How `graft tune` fills the holes."""
 
     trials: int = Field(16, ge=1)
+    """Of the whole study, however often the command is run; as the two below."""
+    max_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Of searching. Once they are over no trial is begun, and those that run end at their next
+    report; a larger number goes on with them."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Trained on by all trials together; what follows is the same."""
     objectives: Listed[SearchObjective] = (SearchObjective(metric="eval/loss", mode="min"),)
     scheduler: Annotated[AshaScheduler | NoScheduler, Field(discriminator="type")] = AshaScheduler()
     sampler: Literal["auto", "tpe", "gp", "nsga2", "random", "grid", "qmc"] = "auto"

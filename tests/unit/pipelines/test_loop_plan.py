@@ -24,19 +24,19 @@ CONTENT: dict[str, Any] = {
     "loop": {"budget_trials": 5, "steps": 40},
 }
 
+DATA = RenewalData(
+    train="/r/train.jsonl", search="/r/search.jsonl", num_new=1, num_old=1, num_search=1, sha256=""
+)
+
+
+def make_sections(content: dict[str, Any]) -> Any:
+    return RecipeSpace(Tree("recipe.yaml", content)).sections()
+
 
 def test_it_is_the_champions_recipe_open_in_the_learning_rate_alone() -> None:
-    data = RenewalData(
-        train="/r/train.jsonl",
-        search="/r/search.jsonl",
-        num_new=1,
-        num_old=1,
-        num_search=1,
-        sha256="",
-    )
-    sections = RecipeSpace(Tree("recipe.yaml", CONTENT)).sections()
+    sections = make_sections(CONTENT)
     champion = Recipe.model_validate(CONTENT | {"method": {"type": "lora", "r": 8}})
-    content = derive_recipe(champion, sections, data, "d" * 64, "house-renew-1")
+    content = derive_recipe(champion, sections, DATA, "d" * 64, "house-renew-1")
     space = RecipeSpace(Tree("renewal", content))
 
     assert list(space.holes) == ["train/lr"]
@@ -52,3 +52,12 @@ def test_it_is_the_champions_recipe_open_in_the_learning_rate_alone() -> None:
     assert (recipe.data.train, recipe.data.eval) == ("/r/train.jsonl", "/r/search.jsonl")
     assert (recipe.data.system, recipe.data.limit) == (None, None)
     assert (recipe.search.trials, recipe.search.sampler) == (5, "auto")
+
+
+def test_rungs_in_tokens_start_where_those_rows_and_steps_have_their_quarter() -> None:
+    scheduler = {"type": "asha", "grace_tokens": 100_000}
+    content = CONTENT | {"search": {"trials": 30, "scheduler": scheduler, "max_tokens": 10**6}}
+    champion = Recipe.model_validate(CONTENT | {"method": {"type": "lora", "r": 8}})
+    derived = derive_recipe(champion, make_sections(content), DATA, "d" * 64, "house-renew-1")
+    assert derived["search"]["scheduler"]["grace_tokens"] == "auto"
+    assert derived["search"]["max_tokens"] == 10**6
