@@ -13,6 +13,8 @@ from graft.pipelines.plan_memory import PlannedMemory, Target, find_target, plan
 from graft.pipelines.plan_time import PlannedTime, plan_time
 from graft.recipe.holes import middle
 from graft.recipe.space import RecipeSpace, describe_space
+from graft.runtime.budget import Spending, read_spending
+from graft.runtime.lengths import training_rows
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
@@ -57,6 +59,8 @@ class Plan(StrictModel):
     """Which one is taken, and why."""
     warning: str
     """What the budget amounts to, where it is small for the space; else empty."""
+    spending: Spending | None
+    """Of the study of this name, so far; None where nothing is open."""
     parameters: Listed[PlannedParameter]
     branches: Listed[PlannedBranch]
     compatibility: Listed[MethodSupport]
@@ -93,6 +97,7 @@ def plan(
     from graft.runtime.samplers import budget_warning, choose_sampler
 
     sections, chosen = space.sections(), choose_sampler(space)
+    spending = read_spending(home / "studies" / sections.name, sections.search)
     target = find_target(gpu, cluster, space.example(), host_memory)
     kinds = [_kind(space, choices) for choices in _branches(space)]
     planned, unknown = None, ""
@@ -113,6 +118,7 @@ def plan(
         scheduler=sections.search.scheduler.type,
         sampler=f"{chosen.name}: {chosen.reason}",
         warning="" if space.is_complete else budget_warning(space) or "",
+        spending=None if space.is_complete else spending,
         parameters=tuple(
             PlannedParameter(
                 name=name,
@@ -224,14 +230,10 @@ def _time(
 
 def _row_tokens(recipe: Recipe, home: Path) -> float:
     """Mean tokens of a training row where tokenizer and rows are at hand, else the most."""
-    from graft.data.mixture import prepare_parts
-    from graft.data.template import ChatTemplate
     from graft.engine.memory.workload import Workload
-    from graft.models import find_config, load_tokenizer_in
 
     try:
-        template = ChatTemplate(load_tokenizer_in(find_config(recipe.model, home)))
-        rows = prepare_parts(recipe.parts, template).train
+        rows = training_rows(recipe, home)
     except (GraftError, OSError):
         return float(Workload.bound(recipe).row_tokens)
     return sum(len(row.input_ids) for row in rows) / max(1, len(rows))

@@ -101,23 +101,30 @@ def plan_time(
         price: Dollars an hour of one device.
     """
     kinds = list(zip(recipes, row_tokens, strict=True))
-    mean = sum(trial_flops(recipe, shape, tokens) for recipe, tokens in kinds) / len(kinds)
+    mean = _mean([trial_flops(recipe, shape, tokens) for recipe, tokens in kinds])
+    tokens = _mean([r.train.steps * r.train.batch_size * of_row for r, of_row in kinds])
     search = recipes[0].search
+    least, most = least_share(search), 1.0
+    if search.max_tokens is not None:
+        most = min(most, search.max_tokens / (search.trials * tokens))
     offloads = any(recipe.scale.offload.parameters != "none" for recipe in recipes)
     slowest = speed.low * (_PARAMETER_OFFLOAD if offloads else 1.0)
     seconds = search.trials * mean / speed.flops
-    low = seconds * least_share(search) / speed.high / 3600
-    high = seconds / slowest / 3600
+    bound = math.inf if search.max_hours is None else search.max_hours
+    low = min(bound, seconds * min(least, most) / speed.high / 3600 / devices)
+    high = min(bound, seconds * most / slowest / 3600 / devices)
     early = "" if search.scheduler.type == "none" else ", trials stopped early or not"
     samples = any("rollouts" in recipe.objective.needs for recipe in recipes)
     sampling = "the sampling of answers (often most of it), " if samples else ""
+    ends = ", ended by search.max_tokens" if most < 1.0 else ""
+    ends = ", ended by search.max_hours" if high == bound else ends
     return PlannedTime(
-        low_hours=low / devices,
-        high_hours=high / devices,
+        low_hours=low,
+        high_hours=high,
         devices=devices,
-        low_dollars=None if price is None else low * price,
-        high_dollars=None if price is None else high * price,
-        basis=f"{speed.words}{early}; rows of {_mean(row_tokens):.0f} tokens; "
+        low_dollars=None if price is None else low * devices * price,
+        high_dollars=None if price is None else high * devices * price,
+        basis=f"{speed.words}{early}{ends}; rows of {_mean(row_tokens):.0f} tokens; "
         f"{sampling}start-up and checkpoints left out",
     )
 

@@ -12,10 +12,12 @@ from graft.core.files import require_writable, sha256_json, write_atomic
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.recipe.mixture import mixture_facts
+from graft.runtime.budget import Budget, Spending, read_spending
 from graft.runtime.trials import StudyFacts, TrialRecord, Winner
 
 if TYPE_CHECKING:
     from graft.recipe.space import RecipeSpace
+    from graft.runtime.session import RaySession
     from graft.runtime.study import Study
 
 RECIPE_FILE = "recipe.yaml"
@@ -42,7 +44,11 @@ class TuneResult(StrictModel):
     """Those points."""
     num_run: int
     """Trials that this call ended; the others had ended before."""
+    spending: Spending
+    ended_by: str
+    """The budget that ended the search, `search.max_tokens`."""
     seconds: float
+    """Of this call."""
 
 
 class TunePlan(StrictModel):
@@ -52,10 +58,8 @@ class TunePlan(StrictModel):
     folder: str
     holes: dict[str, str]
     """Parameter → its range, in words."""
-    trials: int
-    """Budget of the whole study."""
-    num_ended: int
-    num_left: int
+    spending: Spending
+    """Of the whole study, so far."""
 
 
 def plan_tune(space: RecipeSpace, *, home: Path) -> TunePlan:
@@ -65,22 +69,15 @@ def plan_tune(space: RecipeSpace, *, home: Path) -> TunePlan:
         ConfigError: Nothing to search.
     """
     from graft.recipe.space import describe_space
-    from graft.runtime.storage import is_begun
-    from graft.runtime.study import read_study
 
     _require_holes(space)
     sections = space.sections()
     folder = home / "studies" / sections.name
-    ended = 0
-    if is_begun(folder):
-        ended = _num_ended(read_study(folder, sections.search))
     return TunePlan(
         study=sections.name,
         folder=str(folder),
         holes={name: describe_space(hole) for name, hole in space.holes.items()},
-        trials=sections.search.trials,
-        num_ended=ended,
-        num_left=max(0, sections.search.trials - ended),
+        spending=read_spending(folder, sections.search),
     )
 
 
@@ -97,19 +94,22 @@ def tune(
     A finished study is returned as it is. Bad input is refused before Ray starts.
 
     Args:
-        space: The recipe; `search.trials` is the budget of the whole study, not of this call.
+        space: The recipe; `search.trials`, `max_hours` and `max_tokens` are budgets of the whole
+            study, not of this call.
         home: Where the study, models and artifacts are kept; every node must see it.
         progress: Told of every trial.
         address: Of a Ray cluster; None means `RAY_ADDRESS`, then a local one for this call.
         num_cpus: Logical CPUs of a local cluster; None means the machine's.
 
     Raises:
-        ConfigError: Nothing to search; the study is another process's or another recipe's; its
-            database, or a study that it starts from, cannot be used.
+        ConfigError: Nothing to search, or a budget that allows no trial; the study is another
+            process's or another recipe's; its database, or a study that it starts from, cannot be
+            used.
         MissingDependencyError: The driver of its database is not installed.
         TrainingError: No trial could be completed, or the study's database went away.
     """
     from graft.runtime.samplers import settled_search
+    from graft.runtime.session import ray_session
     from graft.runtime.storage import require_storage
     from graft.runtime.study import open_study
     from graft.runtime.warm_start import find_earlier, take_over
@@ -123,18 +123,23 @@ def tune(
     require_writable(folder, "the study", keep=False)
     facts = study_facts(space, home=home, progress=progress)
     earlier = find_earlier(space, facts, folder)
+    longest = _longest_trial(space, home)
     with open_study(folder, search, facts, progress=progress) as study:
         _save_recipe(space, folder)
         study.enqueue(space.points())
         take_over(study, earlier, space, progress)
-        ended = _num_ended(study)
-        if study.num_remaining > 0 or any(t.state == "running" for t in study.trials):
-            _search(study, space, home, progress, address, num_cpus)
+        budget = Budget(study)
+        before = budget.spending
+        has_work = study.num_remaining > 0 or any(t.is_unfinished for t in study.trials)
+        if has_work and budget.spent is None:
+            with ray_session(address, num_cpus=num_cpus) as session:
+                _search(study, space, budget, longest, home, session, progress)
         else:
             progress.note(
-                f"study {sections.name!r} has its {sections.search.trials} trials; "
-                "--set search.trials=N continues it"
+                f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
+                f"--set {budget.ended_by}=N continues it"
             )
+        spending, ended_by = budget.spending, budget.ended_by
         winner = _settle(study, space, home=home, progress=progress)
         return TuneResult(
             study=sections.name,
@@ -146,7 +151,9 @@ def tune(
             artifact=winner.artifact,
             metrics=winner.metrics,
             num_infeasible=sum(t.state == "infeasible" and not t.uses_budget for t in study.trials),
-            num_run=_num_ended(study) - ended,
+            num_run=spending.num_ended - before.num_ended,
+            spending=spending,
+            ended_by=ended_by,
             seconds=time.monotonic() - started,
         )
 
@@ -220,24 +227,43 @@ def _save_recipe(space: RecipeSpace, folder: Path) -> None:
     write_atomic(folder / RECIPE_FILE, to_yaml(space.content()))
 
 
+def _longest_trial(space: RecipeSpace, home: Path) -> int:
+    """Returns its steps or tokens, whichever the search's rungs count.
+
+    Raises:
+        ConfigError: No trial is as short, or as long, as the search's budget or rungs want it.
+    """
+    from graft.runtime.lengths import most_steps, require_lengths, trial_tokens
+
+    search = space.sections().search
+    counts_tokens = search.scheduler.type == "asha" and search.scheduler.unit == "tokens"
+    if search.max_tokens is None and not counts_tokens:
+        return most_steps(space)
+    tokens = trial_tokens(space, home)
+    require_lengths(search, tokens)
+    return tokens.most if counts_tokens else most_steps(space)
+
+
 def _search(
     study: Study,
     space: RecipeSpace,
+    budget: Budget,
+    longest: int,
     home: Path,
+    session: RaySession,
     progress: Progress,
-    address: str | None,
-    num_cpus: int | None,
 ) -> None:
-    from graft.runtime.session import ray_session
+    from graft.runtime.search import Search
 
-    with ray_session(address, num_cpus=num_cpus) as session:
-        from graft.runtime.search import Search
-
-        Search(study, space, home=home, session=session, progress=progress).run()
-
-
-def _num_ended(study: Study) -> int:
-    return sum(t.has_ended for t in study.trials)
+    Search(
+        study,
+        space,
+        budget=budget,
+        longest=longest,
+        home=home,
+        session=session,
+        progress=progress,
+    ).run()
 
 
 def _settle(study: Study, space: RecipeSpace, *, home: Path, progress: Progress) -> Winner:

@@ -20,7 +20,7 @@ class TrialFacts(StrictModel):
     """One trial of the search."""
 
     number: int
-    state: Literal["waiting", "running", "complete", "stopped", "failed", "infeasible"]
+    state: Literal["waiting", "running", "paused", "complete", "stopped", "failed", "infeasible"]
     params: dict[str, Any]
     metrics: dict[str, float] = {}
     """The last report."""
@@ -29,7 +29,7 @@ class TrialFacts(StrictModel):
     """Training time."""
     executor: str | None = None
     reason: str | None = None
-    """Why it failed or could not be."""
+    """Why it failed, could not be or is paused."""
     adapter_bytes: int | None = None
     """Of the published tensor file where the search is for it; else of the trained weights as they
     were kept, fp32."""

@@ -120,13 +120,13 @@ def tile_row(tiles: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-_KNOWN_STATES = ("complete", "stopped", "failed", "infeasible", "running", "waiting")
+_KNOWN_STATES = ("complete", "stopped", "failed", "infeasible", "running", "paused", "waiting")
 
 
 def _search(report: StudyReport) -> str:
     key = note(
         "Green: the chosen trial. Blue: complete. Grey: stopped early, because others were better "
-        "at the same step."
+        "at the same rung, or not finished."
     )
     charts = learning_curves(report)
     return (key if charts else "") + charts_or(charts, "No trial has reported yet.")

@@ -28,7 +28,13 @@ class Cell(NamedTuple):
     css: str = ""
 
 
-_STATES = {"complete": "good", "running": "warn", "failed": "bad", "infeasible": "bad"}
+_STATES = {
+    "complete": "good",
+    "running": "warn",
+    "paused": "warn",
+    "failed": "bad",
+    "infeasible": "bad",
+}
 
 
 def trials_table(report: StudyReport) -> str:

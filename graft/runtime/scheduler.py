@@ -7,14 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from graft.engine.run_folder import read_reports
 from graft.recipe.costs import is_known_early
 from graft.recipe.sections import AshaScheduler, SearchObjective
+from graft.runtime.budget import Budget
 from graft.runtime.dominance import DominanceRungs
 
-STEP = "steps"
+STEP, TOKENS = "steps", "tokens"
 
 
 class StudyScheduler(FIFOScheduler):
@@ -26,7 +27,7 @@ class StudyScheduler(FIFOScheduler):
     Args:
         section: The recipe's scheduler.
         objectives: Searched metrics.
-        max_steps: Of the longest trial.
+        longest: Steps or tokens of the longest trial, whichever rungs count.
         ended: Folders of the trials that have ended; their reports fill the rungs.
     """
 
@@ -34,15 +35,16 @@ class StudyScheduler(FIFOScheduler):
         self,
         section: AshaScheduler,
         objectives: Sequence[SearchObjective],
-        max_steps: int,
+        longest: int,
         ended: Iterable[Path],
     ) -> None:
         super().__init__()
-        grace = min(section.grace_steps or max(1, max_steps // 4), max_steps)
+        grace = section.grace_tokens if section.unit == TOKENS else section.grace_steps
+        first = grace if isinstance(grace, int) else max(1, longest // 4)
         places: dict[str, Any] = {
-            "time_attr": STEP,
-            "max_t": max_steps,
-            "grace_period": grace,
+            "time_attr": section.unit,
+            "max_t": longest,
+            "grace_period": min(first, longest),
             "reduction_factor": section.reduction_factor,
         }
         early = [o for o in objectives if is_known_early(o.metric)]
@@ -74,3 +76,42 @@ class StudyScheduler(FIFOScheduler):
     def debug_string(self) -> str:
         """Names the rungs."""
         return str(self._rungs.debug_string())
+
+
+class BudgetScheduler(FIFOScheduler):
+    """Pauses every trial at its next report once the study's budget is spent.
+
+    Args:
+        within: Decides first: what it stops is told stopped.
+        budget: Is told of every report.
+    """
+
+    def __init__(self, within: TrialScheduler, budget: Budget) -> None:
+        super().__init__()
+        self._within = within
+        self._budget = budget
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Seats a trial."""
+        self._within.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Stops a trial that is given up, or that no budget is left for."""
+        self._count(trial, result)
+        decision = str(self._within.on_trial_result(tune_controller, trial, result))
+        if decision == TrialScheduler.STOP or self._budget.spent is None:
+            return decision
+        self._budget.pause(trial.config["trial"])
+        return str(TrialScheduler.STOP)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Counts the last report, which no decision is asked about."""
+        self._count(trial, result)
+        self._within.on_trial_complete(tune_controller, trial, result)
+
+    def debug_string(self) -> str:
+        """Names what is spent, and the rungs."""
+        return f"{self._budget.spending.words}\n{self._within.debug_string()}"
+
+    def _count(self, trial: Any, result: dict[str, Any]) -> None:
+        self._budget.count(trial.config["trial"], int(result.get(TOKENS, 0)))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 
 from graft.core.errors import TrainingError
 from graft.core.events import EventLog
 from graft.core.progress import Progress, Task
-from graft.core.spaces import Choice, Int
 from graft.engine.run_folder import objective_figures
+from graft.runtime.budget import Budget
 from graft.runtime.callbacks import TrialCallback
 from graft.runtime.dedicated import DedicatedTrial
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
@@ -23,7 +24,7 @@ from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
 from graft.runtime.placement import ON_HEAD, node_places, worker_needs
 from graft.runtime.samplers import budget_warning, choose_sampler
-from graft.runtime.scheduler import StudyScheduler
+from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
@@ -47,6 +48,8 @@ class Search:
     Args:
         study: Opened to be driven.
         space: What is searched.
+        budget: Of the study.
+        longest: Steps or tokens of the space's longest trial, whichever the rungs count.
         home: Seen by every node.
         session: The Ray cluster.
         progress: Told of every trial.
@@ -57,12 +60,16 @@ class Search:
         study: Study,
         space: RecipeSpace,
         *,
+        budget: Budget,
+        longest: int,
         home: Path,
         session: RaySession,
         progress: Progress,
     ) -> None:
         self._study = study
         self._space = space
+        self._budget = budget
+        self._longest = longest
         self._home = home
         self._session = session
         self._section = study.section
@@ -71,12 +78,19 @@ class Search:
         self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track, progress)]
 
     def run(self) -> None:
-        """Runs until the budget is spent or a grid is exhausted.
+        """Runs until a budget is spent or a grid is exhausted.
 
         Raises:
             ConfigError: The cluster's devices can train no point of the space.
             TrainingError: Trials are lost again and again: their processes die.
         """
+        try:
+            self._run()
+            self._budget.pause_rest()
+        finally:
+            self._budget.keep()
+
+    def _run(self) -> None:
         import torch
 
         from graft.engine.trainable import require_any_trainable
@@ -90,6 +104,7 @@ class Search:
             turn=self._section.pack_slots,
             memory=memory,
             admit=worker_needs,
+            budget=self._budget,
         )
         prepare_ops(self._space.scales(), self._watch.progress)
         self._say_how()
@@ -202,12 +217,13 @@ class Search:
         shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
         return searcher.loss
 
-    def _scheduler(self) -> Any:
+    def _scheduler(self) -> BudgetScheduler:
         section = self._section.scheduler
         if section.type == "none":
-            return None
+            return BudgetScheduler(FIFOScheduler(), self._budget)
         ended = [self._study.trial_folder(t.number) for t in self._study.trials if t.has_ended]
-        return StudyScheduler(section, self._section.objectives, max_steps(self._space), ended)
+        asha = StudyScheduler(section, self._section.objectives, self._longest, ended)
+        return BudgetScheduler(asha, self._budget)
 
 
 def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> None:
@@ -224,7 +240,8 @@ def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> No
     while (executor := queue.turn_of()) is not None:
         ended = num_ended(queue.study)
         loss = turn(executor)
-        vain_rounds = 0 if num_ended(queue.study) > ended else vain_rounds + 1
+        is_vain = num_ended(queue.study) == ended and queue.budget.spent is None
+        vain_rounds = vain_rounds + 1 if is_vain else 0
         if vain_rounds == _MAX_VAIN_ROUNDS:
             raise TrainingError(
                 f"the {executor} trials of study {queue.study.folder.name!r} were lost "
@@ -316,7 +333,7 @@ class TrialWatch(TrialCallback):
             self._bars.pop(number)[0].close()
         if record.state in ("failed", "infeasible"):
             self.progress.note(f"trial {number} {record.state}: {record.reason}")
-        if self._whole is not None and record.state != "running":
+        if self._whole is not None and record.has_ended:
             self._whole.advance(1, **self._best_so_far())
 
     def _best_so_far(self) -> dict[str, float | str]:
@@ -331,16 +348,6 @@ class TrialWatch(TrialCallback):
 def num_ended(study: Study) -> int:
     """Counts the trials that need no more work."""
     return sum(t.has_ended for t in study.trials)
-
-
-def max_steps(space: RecipeSpace) -> int:
-    """Returns the steps of the longest trial that a space allows."""
-    hole = space.holes.get("train/steps")
-    if isinstance(hole, Int):
-        return hole.high
-    if isinstance(hole, Choice):
-        return int(max(hole.values))
-    return space.example().train.steps
 
 
 def _trial_name(trial: Any) -> str:

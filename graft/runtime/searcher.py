@@ -22,7 +22,8 @@ from graft.engine.checkpoint import newest_step
 from graft.engine.costs import predict_costs
 from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
-from graft.runtime.scheduler import STEP
+from graft.runtime.budget import Budget
+from graft.runtime.scheduler import STEP, TOKENS
 from graft.runtime.study import Study
 from graft.runtime.trials import Asked, Failure, Loss, failure_of, forget_failure
 
@@ -135,6 +136,7 @@ class TrialQueue:
         turn: So many trials of the other executor may wait before it gets its turn.
         memory: What device there is and what it may be given; None is not looked at.
         admit: Raises a `ConfigError` where the cluster is too small for a recipe.
+        budget: Of hours and tokens; None begins to count the hours now.
     """
 
     def __init__(
@@ -145,8 +147,10 @@ class TrialQueue:
         turn: int,
         memory: MemoryCap | None = None,
         admit: Callable[[Recipe], object] = lambda recipe: None,
+        budget: Budget | None = None,
     ) -> None:
         self.study = study
+        self.budget = budget or Budget(study)
         self.memory = memory
         self._space = _Feasible(space, memory, admit)
         self._turn = turn
@@ -190,6 +194,8 @@ class TrialQueue:
         """
         if self._fault is not None:
             raise ConfigError(self._fault)
+        if self.budget.spent is not None:
+            return None
         if not any(self._waiting.values()) and (asked := self._ask()) is not None:
             self._waiting[self._space.executor_of(asked.recipe)].append(asked)
         longest = max(self._waiting, key=lambda executor: len(self._waiting[executor]))
@@ -204,7 +210,7 @@ class TrialQueue:
 
     def next(self, executor: Executor) -> Asked | None:
         """Returns the next trial for an executor, or None where its turn is over."""
-        if self._fault is not None:
+        if self._fault is not None or self.budget.spent is not None:
             return None
         while self._waiting[executor]:
             waiting = self._waiting[executor].popleft()
@@ -318,7 +324,7 @@ class StudySearcher(Searcher):
         write_json(folder / RECIPE_FILE, asked.recipe.model_dump(mode="json"))
         if self._queue.memory is not None:
             predict_costs(folder, asked.recipe, self._queue.memory)
-        study.note(asked.number, executor=self.executor)
+        study.note(asked.number, executor=self.executor, paused="")
         forget_failure(folder)
         self._trials[trial_id] = asked
         for report in read_reports(folder):
@@ -341,8 +347,8 @@ class StudySearcher(Searcher):
     ) -> None:
         """Tells the study the truth: complete, stopped, failed, infeasible, or nothing at all.
 
-        A trial that was interrupted from outside is told nothing; it is still running and will be
-        taken up by the next driver.
+        A trial that is paused or was interrupted from outside is told nothing; it will be taken up
+        by the next driver.
         """
         asked = self._trials.pop(trial_id, None)
         if asked is None:
@@ -368,7 +374,7 @@ class StudySearcher(Searcher):
         if asked.recipe.train.ends_with({**trial.metrics, STEP: trial.steps}):
             study.tell(number, "complete")
             self._require_metrics(number)
-        elif result is not None and STEP in result:
+        elif result is not None and STEP in result and trial.state != "paused":
             study.tell(number, "stopped")
 
     def _require_metrics(self, number: int) -> None:
@@ -421,7 +427,8 @@ class StudySearcher(Searcher):
     def _report(self, number: int, result: Mapping[str, Any]) -> None:
         metrics = metrics_of(result)
         self._queue.study.report(number, int(result[STEP]), metrics)
-        self._queue.study.note(number, seconds=float(result["seconds"]))
+        tokens = int(result.get(TOKENS, 0))  # runs of older versions did not count them
+        self._queue.study.note(number, seconds=float(result["seconds"]), tokens=tokens)
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any

@@ -89,6 +89,15 @@ class Study:
         """Keeps that factor for the next driver too."""
         self._study.set_user_attr("memory_factor", factor)
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of searching, over all drivers."""
+        return float(self._study.user_attrs.get("seconds", 0.0))
+
+    def keep_seconds(self, seconds: float) -> None:
+        """Keeps that time for the next driver too."""
+        self._study.set_user_attr("seconds", seconds)
+
     def settle(self, winner: Winner) -> None:
         """Keeps what became of the best trial."""
         self._study.set_user_attr("winner", winner.model_dump(mode="json"))
@@ -225,7 +234,7 @@ class Study:
             trial.set_user_attr("steps", steps)
 
     def note(self, number: int, **facts: str | float) -> None:
-        """Keeps facts beside a running trial: `executor`, `seconds`."""
+        """Keeps facts beside a running trial: `executor`, `seconds`, `tokens`, why `paused`."""
         for name, value in facts.items():
             self._live[number].set_user_attr(name, value)
 
@@ -337,16 +346,19 @@ def _record(frozen: optuna.trial.FrozenTrial) -> TrialRecord:
         "PRUNED": "stopped",
         "FAIL": "infeasible" if "infeasible" in facts else "failed",
     }
+    state = states[frozen.state.name]
+    paused = facts.get("paused", "") if state == "running" else ""
     return TrialRecord(
         number=frozen.number,
-        state=states[frozen.state.name],
+        state="paused" if paused else state,
         params=frozen.params or frozen.system_attrs.get("fixed_params", {}),
         metrics=facts.get("metrics", {}),
         reports=dict(sorted(frozen.intermediate_values.items())),
         steps=facts.get("steps", 0),
+        tokens=facts.get("tokens", 0),
         seconds=facts.get("seconds", 0.0),
         executor=facts.get("executor"),
-        reason=facts.get("reason", facts.get("infeasible")),
+        reason=facts.get("reason", facts.get("infeasible", paused or None)),
         recipe_digest=facts.get("recipe_digest"),
     )
 

@@ -15,7 +15,8 @@ from graft.core.spaces import Space
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
 
-TrialState = Literal["waiting", "running", "complete", "stopped", "failed", "infeasible"]
+TrialState = Literal["waiting", "running", "paused", "complete", "stopped", "failed", "infeasible"]
+"""`paused`: a budget was spent before its end; a larger one goes on from its checkpoint."""
 Outcome = Literal["complete", "stopped", "failed"]
 
 _FAILURE_FILE = "failure.json"
@@ -55,23 +56,30 @@ class TrialRecord(StrictModel):
     reports: dict[int, float] = Field(default_factory=dict)
     """Step → the searched metric; empty where several are searched."""
     steps: int = 0
+    tokens: int = 0
+    """Trained on, over all attempts; padding is not counted."""
     seconds: float = 0.0
     """Training time over all attempts."""
     executor: str | None = None
     reason: str | None = None
-    """Why it failed or cannot be."""
+    """Why it failed, cannot be or is paused."""
     recipe_digest: str | None = None
 
     @property
     def has_ended(self) -> bool:
         """It was run and needs no more work; one that ran out of memory turned out infeasible."""
         was_run = self.state != "infeasible" or self.executor is not None
-        return was_run and self.state not in ("waiting", "running")
+        return was_run and self.state != "waiting" and not self.is_unfinished
+
+    @property
+    def is_unfinished(self) -> bool:
+        """It was begun and needs more work."""
+        return self.state in ("running", "paused")
 
     @property
     def uses_budget(self) -> bool:
         """It was run, or is going to be."""
-        return self.state == "running" or self.has_ended
+        return self.is_unfinished or self.has_ended
 
 
 class Failure(StrictModel):

@@ -89,6 +89,8 @@ def _show_plan(record: Plan, console: Console) -> None:
         console.print(f"sampler {record.sampler}")
     if record.warning:
         console.print(record.warning)
+    if record.spending:
+        console.print(f"spent: {record.spending.words}; left: {record.spending.left}")
     space = Table("setting", "values", "only with", box=None, pad_edge=False)
     for parameter in record.parameters:
         only = ", ".join(f"{name} = {label}" for name, label in parameter.opened_by.items())

@@ -28,7 +28,7 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
     names = list(dict.fromkeys(name for trial in record.trials for name in trial.params))
     metrics = list(dict.fromkeys(["train/loss", *record.searched]))
     table = Table(title=f"study {record.study}", box=None, header_style="bold")
-    for heading in ("trial", "state", "steps", *names, *metrics, "seconds"):
+    for heading in ("trial", "state", "steps", "tokens", *names, *metrics, "seconds"):
         table.add_column(heading, justify="right", overflow="fold")
     for trial in record.trials:
         is_best = trial.number == record.best.number
@@ -36,6 +36,7 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
             f"{'*' if is_best else ''}{trial.number}",
             trial.state,
             str(trial.steps),
+            f"{trial.tokens:,}",
             *(_cell(trial.params.get(name)) for name in names),
             *(
                 metric_words(trial.metrics[name], unit_of(name)) if name in trial.metrics else ""
@@ -45,6 +46,11 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
             style="bold" if is_best else None,
         )
     console.print(table)
+    paused = sum(trial.state == "paused" for trial in record.trials)
+    console.print(
+        f"ended by {record.ended_by}: {record.spending.words}"
+        + (f"; {paused} paused trials go on with --set {record.ended_by}=N" if paused else "")
+    )
     console.print(f"best: trial {record.best.number}, artifact {record.artifact[:12]}")
     for name, metric in record.metrics.items():
         interval = "" if metric.low is None else f"  [{metric.low:.4g}, {metric.high:.4g}]"
@@ -54,7 +60,7 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
 
 def _show_plan(plan: TunePlan, console: Console) -> None:
     console.print(f"study {plan.study} in {plan.folder}", soft_wrap=True)
-    console.print(f"{plan.num_ended} of {plan.trials} trials have ended, {plan.num_left} are left")
+    console.print(f"spent: {plan.spending.words}; left: {plan.spending.left}")
     for name, words in plan.holes.items():
         console.print(f"  {name}: {words}")
 
@@ -76,8 +82,8 @@ def command(
 ) -> TuneResult | TunePlan:
     """Search the recipe's open settings and publish the best trial's adapter.
 
-    The same command goes on with a search that was interrupted; --set search.trials=N adds to one
-    that is finished.
+    The same command goes on with a search that was interrupted; --set search.trials=N (max_hours,
+    max_tokens) adds to one that is finished.
     """
     from graft.core.home import resolve_home
     from graft.pipelines.tune import plan_tune, tune

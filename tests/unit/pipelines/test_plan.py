@@ -13,11 +13,12 @@ from graft.engine.memory.estimate import predict_memory
 from graft.engine.memory.fit import apply
 from graft.engine.memory.shape import ModelShape
 from graft.pipelines.plan import Plan, plan
-from graft.pipelines.plan_time import least_share, num_active, trial_flops
+from graft.pipelines.plan_time import PlannedTime, least_share, num_active, trial_flops
 from graft.pipelines.train import train
 from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.sections import Recipe, SearchSection
 from graft.recipe.space import RecipeSpace
+from graft.runtime.lengths import training_rows
 
 
 def space_of(folder: Path, model: Path, data: Path, **sections: Any) -> RecipeSpace:
@@ -233,3 +234,34 @@ def test_a_plan_says_which_sampler_is_taken_and_what_the_budget_amounts_to(
     record = plan(many, home=tmp_path)
     assert record.sampler.startswith("tpe: ")
     assert "10,000 points and search.trials is 6" in record.warning
+
+
+def test_budgets_of_tokens_and_hours_bound_the_time(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    def planned(**search: Any) -> PlannedTime:
+        space = space_of(
+            tmp_path,
+            model_folder,
+            data_folder,
+            train={"steps": 16, "batch_size": 4, "lr": {"log": [1e-4, 1e-2]}},
+            search={"trials": 6, "pack_slots": 3, "scheduler": {"type": "none"}, **search},
+        )
+        found = plan(space, home=tmp_path, gpu="2x L4", price=0.5)
+        assert found.spending is not None
+        assert found.spending.max_tokens == search.get("max_tokens")
+        assert found.time is not None
+        return found.time
+
+    free = planned()
+    rows = training_rows(space_of(tmp_path, model_folder, data_folder).example(), tmp_path)
+    whole = 6 * 16 * 4 * sum(len(row.input_ids) for row in rows) / len(rows)
+    half = planned(max_tokens=round(whole / 2))
+    assert half.high_hours == pytest.approx(free.high_hours / 2, rel=1e-3)
+    assert half.low_hours == pytest.approx(free.low_hours / 2, rel=1e-3)
+    assert "ended by search.max_tokens" in half.basis
+    assert planned(max_tokens=round(whole * 2)) == free
+    short = planned(max_hours=free.low_hours / 2)
+    assert short.low_hours == short.high_hours == free.low_hours / 2
+    assert "ended by search.max_hours" in short.basis
+    assert short.high_dollars == pytest.approx(short.high_hours * short.devices * 0.5)

@@ -16,8 +16,8 @@ MATCH = SearchObjective(metric="eval/exact_match", mode="max")
 ASHA = AshaScheduler(grace_steps=10)
 
 
-def report(steps: int, loss: float, match: float = 0.0) -> dict[str, Any]:
-    return {"steps": steps, "eval/loss": loss, "eval/exact_match": match}
+def report(steps: int, loss: float, match: float = 0.0, tokens: int = 0) -> dict[str, Any]:
+    return {"steps": steps, "tokens": tokens, "eval/loss": loss, "eval/exact_match": match}
 
 
 def trial(folder: Path, number: int) -> Any:
@@ -62,3 +62,39 @@ def test_with_several_metrics_a_trial_goes_on_while_one_of_them_is_good(tmp_path
     assert decide(scheduler, trial(tmp_path, 0), report(10, 0.5, 0.5)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 1), report(10, 0.9, 0.9)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.95, 0.1)) == "STOP"
+
+
+def test_rungs_in_tokens_compare_trials_of_other_batch_sizes_at_equal_tokens(
+    tmp_path: Path,
+) -> None:
+    """Trials of 100 and of 25 tokens a step: the small one is as far after four times the steps."""
+    large, small, worse = (trial(tmp_path, number) for number in range(3))
+    in_steps = StudyScheduler(ASHA, [LOSS], 40, [])
+    assert decide(in_steps, large, report(10, 0.5, tokens=1000)) == "CONTINUE"
+    assert decide(in_steps, small, report(10, 0.9, tokens=250)) == "STOP"
+
+    in_tokens = StudyScheduler(AshaScheduler(grace_tokens=1000), [LOSS], 4000, [])
+    assert decide(in_tokens, large, report(10, 0.5, tokens=1000)) == "CONTINUE"
+    assert decide(in_tokens, small, report(10, 0.9, tokens=250)) == "CONTINUE"
+    assert in_tokens.on_trial_result(None, small, report(40, 0.4, tokens=1000)) == "CONTINUE"
+    assert decide(in_tokens, worse, report(39, 0.6, tokens=990)) == "CONTINUE"
+    assert in_tokens.on_trial_result(None, worse, report(41, 0.6, tokens=1040)) == "STOP"
+    assert in_tokens.on_trial_result(None, large, report(20, 0.3, tokens=2000)) == "CONTINUE"
+    assert in_tokens.on_trial_result(None, small, report(79, 0.8, tokens=1975)) == "CONTINUE"
+    assert in_tokens.on_trial_result(None, small, report(80, 0.8, tokens=2000)) == "STOP"
+
+
+def test_the_first_rung_in_tokens_may_be_a_quarter_of_the_longest_trial(tmp_path: Path) -> None:
+    scheduler = StudyScheduler(AshaScheduler(grace_tokens="auto"), [LOSS], 4000, [])
+    assert decide(scheduler, trial(tmp_path, 0), report(1, 0.1, tokens=1000)) == "CONTINUE"
+    assert decide(scheduler, trial(tmp_path, 1), report(9, 0.9, tokens=999)) == "CONTINUE"
+    assert decide(scheduler, trial(tmp_path, 2), report(1, 0.9, tokens=1000)) == "STOP"
+
+
+def test_rungs_in_tokens_are_rebuilt_from_reports_too(tmp_path: Path) -> None:
+    section = AshaScheduler(grace_tokens=1000)
+    EventLog(tmp_path / "0" / REPORTS_FILE).append("report", **report(40, 0.1, tokens=1000))
+    EventLog(tmp_path / "1" / REPORTS_FILE).append("report", **report(10, 0.01, tokens=250))
+    scheduler = StudyScheduler(section, [LOSS], 4000, [tmp_path / "0", tmp_path / "1"])
+    assert decide(scheduler, trial(tmp_path, 2), report(10, 0.05, tokens=1000)) == "CONTINUE"
+    assert decide(scheduler, trial(tmp_path, 3), report(10, 0.2, tokens=1000)) == "STOP"
