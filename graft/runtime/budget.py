@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graft.runtime.study import Study
 
 _KEEP_EVERY_S = 5.0
-"""At most so much of the hours is forgotten when a driver is killed between two reports."""
+"""Hours are kept with a report, at most this often; a driver that is killed loses those since."""
 
 
 class Spending(StrictModel):

@@ -49,7 +49,7 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
     paused = sum(trial.state == "paused" for trial in record.trials)
     console.print(
         f"ended by {record.ended_by}: {record.spending.words}"
-        + (f"; {paused} paused trials go on with --set {record.ended_by}=N" if paused else "")
+        + (f"; paused trials: {paused}, --set {record.ended_by}=N goes on" if paused else "")
     )
     console.print(f"best: trial {record.best.number}, artifact {record.artifact[:12]}")
     for name, metric in record.metrics.items():
