@@ -20,6 +20,7 @@ from graft.objectives.base import Objective
 from graft.recipe.costs import PREFIX, require_cost
 from graft.recipe.mixture import AnyData, AnyObjective, DataMixture
 from graft.recipe.operation import LoopSection, ServeSection, TrackSection, WatchSection
+from graft.recipe.scheduler import AshaScheduler, NoScheduler
 from graft.recipe.searched import cost_obstacle, require_known_metrics
 from graft.recipe.storage import require_database_url
 
@@ -169,39 +170,6 @@ class SearchObjective(StrictModel):
         if self.metric.startswith(PREFIX):
             require_cost(self.metric, self.mode)
         return self
-
-
-class AshaScheduler(StrictModel):
-    """Asynchronous successive halving (arXiv 1810.05934): the best 1/factor of a rung go on."""
-
-    type: Literal["asha"] = "asha"
-    reduction_factor: int = Field(2, ge=2)
-    grace_steps: int | None = Field(None, ge=1)
-    """Steps before the first decision; None means a quarter of `train.steps`."""
-    grace_tokens: _Count | Literal["auto"] | None = None
-    """Tokens before the first decision, `auto` a quarter of the longest trial's: rungs then count
-    tokens in place of steps, so that trials of other batch sizes and lengths compare."""
-
-    @model_validator(mode="after")
-    def rungs_count_one_thing(self) -> AshaScheduler:
-        """Refuses rungs in steps and in tokens at once."""
-        if self.grace_steps is not None and self.grace_tokens is not None:
-            raise ValueError(
-                f"grace_steps {self.grace_steps} counts rungs in steps and grace_tokens "
-                f"{self.grace_tokens} in tokens; give one of them"
-            )
-        return self
-
-    @property
-    def unit(self) -> Literal["steps", "tokens"]:
-        """What rungs count."""
-        return "steps" if self.grace_tokens is None else "tokens"
-
-
-class NoScheduler(StrictModel):
-    """Every trial runs to its end."""
-
-    type: Literal["none"] = "none"
 
 
 class SearchSection(StrictModel):

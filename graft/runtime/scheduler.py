@@ -11,7 +11,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from graft.engine.run_folder import read_reports
 from graft.recipe.costs import is_known_early
-from graft.recipe.sections import AshaScheduler, SearchObjective
+from graft.recipe.scheduler import AshaScheduler
+from graft.recipe.sections import SearchObjective
 from graft.runtime.budget import Budget
 from graft.runtime.dominance import DominanceRungs
 

@@ -29,8 +29,8 @@ from graft.runtime.trials import (
     StudyFacts,
     Suggest,
     TrialRecord,
-    TrialState,
     Winner,
+    record_of,
     trial_digest,
 )
 
@@ -63,11 +63,11 @@ class Study:
 
         Trials of earlier studies, which only the sampler sees, are not among them.
         """
-        return [_record(frozen) for frozen in self._own()]
+        return [record_of(frozen) for frozen in self._own()]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
-        return _record(self._frozen(number))
+        return record_of(self._frozen(number))
 
     @property
     def num_remaining(self) -> int:
@@ -335,32 +335,6 @@ class Study:
 
 class _EndlessGridError(ConfigError):
     """A grid was asked of a continuous range."""
-
-
-def _record(frozen: optuna.trial.FrozenTrial) -> TrialRecord:
-    facts = frozen.user_attrs
-    states: dict[str, TrialState] = {
-        "WAITING": "waiting",
-        "RUNNING": "running",
-        "COMPLETE": "complete",
-        "PRUNED": "stopped",
-        "FAIL": "infeasible" if "infeasible" in facts else "failed",
-    }
-    state = states[frozen.state.name]
-    paused = facts.get("paused", "") if state == "running" else ""
-    return TrialRecord(
-        number=frozen.number,
-        state="paused" if paused else state,
-        params=frozen.params or frozen.system_attrs.get("fixed_params", {}),
-        metrics=facts.get("metrics", {}),
-        reports=dict(sorted(frozen.intermediate_values.items())),
-        steps=facts.get("steps", 0),
-        tokens=facts.get("tokens", 0),
-        seconds=facts.get("seconds", 0.0),
-        executor=facts.get("executor"),
-        reason=facts.get("reason", facts.get("infeasible", paused or None)),
-        recipe_digest=facts.get("recipe_digest"),
-    )
 
 
 @contextmanager

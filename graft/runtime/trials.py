@@ -147,6 +147,33 @@ class Earlier(NamedTuple):
     metrics: dict[str, float]
 
 
+def record_of(frozen: Any) -> TrialRecord:
+    """Reads a trial of Optuna's, as it is kept."""
+    facts = frozen.user_attrs
+    states: dict[str, TrialState] = {
+        "WAITING": "waiting",
+        "RUNNING": "running",
+        "COMPLETE": "complete",
+        "PRUNED": "stopped",
+        "FAIL": "infeasible" if "infeasible" in facts else "failed",
+    }
+    state = states[frozen.state.name]
+    paused = facts.get("paused", "") if state == "running" else ""
+    return TrialRecord(
+        number=frozen.number,
+        state="paused" if paused else state,
+        params=frozen.params or frozen.system_attrs.get("fixed_params", {}),
+        metrics=facts.get("metrics", {}),
+        reports=dict(sorted(frozen.intermediate_values.items())),
+        steps=facts.get("steps", 0),
+        tokens=facts.get("tokens", 0),
+        seconds=facts.get("seconds", 0.0),
+        executor=facts.get("executor"),
+        reason=facts.get("reason", facts.get("infeasible", paused or None)),
+        recipe_digest=facts.get("recipe_digest"),
+    )
+
+
 def trial_digest(recipe: Recipe) -> str:
     """Names what a trial trains, whatever is searched, served or watched around it."""
     sections = ("model", "data", "method", "objective", "train")

@@ -8,7 +8,8 @@ from typing import Any
 
 from graft.core.events import EventLog
 from graft.engine.run_folder import REPORTS_FILE
-from graft.recipe.sections import AshaScheduler, SearchObjective
+from graft.recipe.scheduler import AshaScheduler
+from graft.recipe.sections import SearchObjective
 from graft.runtime.scheduler import StudyScheduler
 
 LOSS = SearchObjective(metric="eval/loss", mode="min")
