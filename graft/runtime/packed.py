@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.tune import Trainable
 
+from graft.core.errors import TrainingError
 from graft.runtime.callbacks import TrialCallback
 
 if TYPE_CHECKING:
@@ -50,6 +51,29 @@ class PackedTrial(Trainable):
         self._steps = int(report["steps"])
         has_learned = self._stop_at_loss is not None and report["train/loss"] <= self._stop_at_loss
         return {**report, "done": has_learned or self._steps >= self._last_step}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Names the checkpoint in the trial's own folder that stands behind its last report.
+
+        The pack wrote it before that report, and the trial has stood still since.
+        """
+        return {"folder": self._folder, "steps": self._steps}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Goes on behind the report that Tune saw last; the seat is taken at the next step.
+
+        Raises:
+            TrainingError: It is another trial's.
+        """
+        saved = checkpoint or {}
+        if saved.get("folder") != self._folder:
+            raise TrainingError(
+                f"trial {self._number} in {self._folder} cannot go on from a checkpoint of "
+                f"{saved.get('folder')}: a packed trial trains its own recipe from its own "
+                "checkpoints; use a scheduler that stops and pauses trials, not one that copies "
+                "them"
+            )
+        self._steps = int(saved["steps"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Gives the seat up and takes one for another trial: this process is used again."""

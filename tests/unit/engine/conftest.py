@@ -23,14 +23,19 @@ def threads() -> Any:
 
 
 def exact_model(seed: int = 0) -> LlamaForCausalLM:
-    """A tiny fp64 Llama; transformers' own RMSNorm would round to fp32 inside."""
+    """A tiny fp64 Llama."""
     model = tiny_model(seed=seed, dtype=torch.float64)
+    keep_exact(model)
+    return model
+
+
+def keep_exact(model: LlamaForCausalLM) -> None:
+    """Replaces transformers' own RMSNorm of an fp64 model, which rounds to fp32 inside."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
             norm = torch.nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
             norm.weight = torch.nn.Parameter(module.weight.detach().double(), requires_grad=False)
             model.set_submodule(name, norm)
-    return model
 
 
 def make_recipe(**sections: Any) -> Recipe:
