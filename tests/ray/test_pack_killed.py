@@ -26,6 +26,10 @@ LRS = [1e-4, 3e-3, 1e-3, 5e-4]
 REPORTS = list(range(4, 25, 4))
 
 
+def reported(events: list[dict[str, Any]], trial: int) -> list[int]:
+    return [e["steps"] for e in events if e["event"] == "report" and e["trial"] == trial]
+
+
 def kill_pack(events: Path, seen: list[dict[str, Any]], waits: threading.Event) -> None:
     """Kills the pack once a trial has ended and each of two others has reported since."""
     while waits.is_set():
@@ -102,13 +106,11 @@ def test_they_go_on_from_their_checkpoints(
     assert len(interrupted) == 2
     for trial in result.trials:
         assert list(trial.reports) == REPORTS
-        told = [e["steps"] for e in events if e["event"] == "report" and e["trial"] == trial.number]
+        told = reported(events, trial.number)
         assert told == sorted(set(told))
         if trial.number in interrupted:
-            before = [e["steps"] for e in seen if e.get("trial") == trial.number and "steps" in e]
-            after = [e["steps"] for e in later if e.get("trial") == trial.number and "steps" in e]
-            assert max(before) >= REPORTS[0]
-            assert min(after) > REPORTS[0]
+            before, after = (reported(part, trial.number) for part in (seen, later))
+            assert min(after) > max(before) >= REPORTS[0]
 
 
 def test_their_results_are_those_of_the_same_trials_alone(

@@ -134,7 +134,7 @@ def test_a_trial_that_breaks_leaves_its_neighbours_results_unchanged(
 ) -> None:
     train = loaded.recipe.train
     broken = loaded.recipe.model_copy(
-        update={"train": train.model_copy(update={"lr": 1e30, "max_grad_norm": 1e30})}
+        update={"train": train.model_copy(update={"lr": 1e300, "max_grad_norm": 1e300})}
     )
     pack = packs()
     alone = seat(pack, tmp_path / "alone", 0, loaded.recipe)
