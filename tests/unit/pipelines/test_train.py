@@ -243,7 +243,7 @@ def test_a_start_of_another_rank_is_refused_by_its_name(recipe_file: Path, tmp_p
     home = tmp_path / "home"
     train(load_recipe(recipe_file, ["train.steps=1"]), home=home)
     given = ["name=other", "method.r=8", "train.init_from=tiny/1"]
-    words = r"train\.init_from 'tiny/1' has other shapes .* lora_A should be \(8, 64\), is \(4"
+    words = r"train\.init_from 'tiny/1' has other shapes .*lora_A should be \(8, 64\), is \(4"
     with pytest.raises(AdapterError, match=words):
         train(load_recipe(recipe_file, given), home=home)
 
