@@ -18,7 +18,7 @@ from graft.engine.checkpoint import newest_checkpoint, save_checkpoint
 from graft.engine.train import SlotState, StepReport
 
 if TYPE_CHECKING:
-    from graft.recipe.sections import SearchObjective
+    from graft.recipe.search import SearchObjective
 
 RECIPE_FILE = "recipe.json"
 REPORTS_FILE = "report.jsonl"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from graft.engine.memory.shape import ModelShape
-    from graft.recipe.sections import Recipe, SearchSection
+    from graft.recipe.search import SearchSection
+    from graft.recipe.sections import Recipe
 
 _GPU_UTILIZATION = (0.15, 0.6)
 """Published runs of adapters reach 0.34 to 0.6; short padded rows stay below."""

@@ -39,13 +39,13 @@ from graft.recipe.holes import (
 from graft.recipe.mixture import DataMixture
 from graft.recipe.operation import LoopSection, ServeSection, TrackSection, WatchSection
 from graft.recipe.problems import explain, report
+from graft.recipe.search import SearchSection
 from graft.recipe.sections import (
     AnyCompressor,
     CompareSection,
     EvalSection,
     Recipe,
     ScaleSection,
-    SearchSection,
     VerifySection,
 )
 from graft.recipe.tree import FieldPath, Tree, dotted

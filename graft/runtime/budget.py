@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from graft.core.model import StrictModel
 
 if TYPE_CHECKING:
-    from graft.recipe.sections import SearchSection
+    from graft.recipe.search import SearchSection
     from graft.runtime.study import Study
 
 _KEEP_EVERY_S = 5.0

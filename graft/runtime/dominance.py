@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune.schedulers import TrialScheduler
 
 from graft.core.pareto import fronts
-from graft.recipe.sections import SearchObjective
+from graft.recipe.search import SearchObjective
 
 
 class DominanceRungs:

@@ -12,7 +12,8 @@ from graft.objectives.sampling import SamplingObjective
 
 if TYPE_CHECKING:
     from graft.data.records import TokenRow
-    from graft.recipe.sections import Recipe, SearchSection
+    from graft.recipe.search import SearchSection
+    from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import optuna
     from sqlalchemy import Pool
 
-    from graft.recipe.sections import SearchSection
+    from graft.recipe.search import SearchSection
 
 PATIENCE_S = 120.0
 """So long a server is waited for. A trial keeps its seat in a pack for longer than that."""

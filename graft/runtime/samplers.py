@@ -16,7 +16,7 @@ from graft.core.spaces import Float
 if TYPE_CHECKING:
     import optuna
 
-    from graft.recipe.sections import SearchSection
+    from graft.recipe.search import SearchSection
     from graft.recipe.space import RecipeSpace
 
 _STARTUP_TRIALS = 8

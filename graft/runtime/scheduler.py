@@ -11,8 +11,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from graft.engine.run_folder import read_reports
 from graft.recipe.costs import is_known_early
-from graft.recipe.scheduler import AshaScheduler
-from graft.recipe.sections import SearchObjective
+from graft.recipe.search import AshaScheduler, SearchObjective
 from graft.runtime.budget import Budget
 from graft.runtime.dominance import DominanceRungs
 
@@ -55,28 +54,34 @@ class StudyScheduler(FIFOScheduler):
                 metric=early[0].metric, mode=early[0].mode, stop_last_trials=False, **places
             )
         for folder in ended:
-            self._replay(SimpleNamespace(trial_id=str(folder)), folder)
+            self._replay(folder)
 
-    def _replay(self, trial: Any, folder: Path) -> None:
+    def _replay(self, folder: Path) -> None:
+        trial = _known_by(folder)
         self._rungs.on_trial_add(None, trial)
         for report in read_reports(folder):
             self._rungs.on_trial_result(None, trial, report)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Seats a trial; one that ran before keeps the rungs that it has passed."""
-        self._replay(trial, Path(trial.config["folder"]))
+        self._replay(Path(trial.config["folder"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stops a trial that falls behind at a rung."""
-        return str(self._rungs.on_trial_result(None, trial, result))
+        return str(self._rungs.on_trial_result(None, _known_by(trial.config["folder"]), result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Records the last report."""
-        self._rungs.on_trial_complete(None, trial, result)
+        self._rungs.on_trial_complete(None, _known_by(trial.config["folder"]), result)
 
     def debug_string(self) -> str:
         """Names the rungs."""
         return str(self._rungs.debug_string())
+
+
+def _known_by(folder: Path | str) -> SimpleNamespace:
+    """Returns what rungs know a trial by: one that is run again is not another one to them."""
+    return SimpleNamespace(trial_id=str(folder))
 
 
 class BudgetScheduler(FIFOScheduler):

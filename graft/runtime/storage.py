@@ -26,7 +26,7 @@ from graft.runtime.postgres import PATIENCE_S, Database, LastingStorage
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-    from graft.recipe.sections import SearchSection
+    from graft.recipe.search import SearchSection
 
 STORAGE_FILE = "storage.json"
 

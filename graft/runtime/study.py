@@ -37,7 +37,8 @@ from graft.runtime.trials import (
 if TYPE_CHECKING:
     import optuna
 
-    from graft.recipe.sections import Recipe, SearchSection
+    from graft.recipe.search import SearchSection
+    from graft.recipe.sections import Recipe
 
 _MAX_INFEASIBLE_IN_A_ROW = 100
 _EARLIER = "earlier"

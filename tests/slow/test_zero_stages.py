@@ -123,7 +123,7 @@ def test_virtual_tokens_train_on_two_workers_as_in_one_process(
     trainer = Trainer(MultiAdapterModel(tiny_model()))
     run(trainer, alone, STEPS, is_writer=True, method=VIRTUAL[name])
     deepspeed_run(tmp_path, workers=2, stage=stage, method=VIRTUAL[name])
-    # An LSTM's weights have gradients near zero, whose sign is the order of a sum: Adam steps by it.
+    # Gradients of an LSTM come near zero, where a sum's order decides the sign that Adam steps by.
     assert_same_training(tmp_path, alone, tolerance=1e-4 if name == "ptuning" else 2e-5)
 
 

@@ -15,7 +15,7 @@ from graft.core.errors import ConfigError, TrainingError
 from graft.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from graft.engine.run_folder import read_progress, save_between_reports, save_progress
 from graft.engine.train import SlotState
-from graft.recipe.sections import SearchObjective
+from graft.recipe.search import SearchObjective
 
 
 def state_at(step: int) -> SlotState:

@@ -20,7 +20,7 @@ import torch
 from graft.core.errors import TrainingError
 from graft.engine.run_folder import drop_reports_after, read_progress, read_reports, save_progress
 from graft.engine.train import SlotState
-from graft.recipe.sections import SearchObjective
+from graft.recipe.search import SearchObjective
 
 FACTS = {"base": "a digest"}
 SEARCHED = SearchObjective(metric="eval/loss", mode="min")

@@ -16,7 +16,8 @@ from graft.pipelines.plan import Plan, plan
 from graft.pipelines.plan_time import PlannedTime, least_share, num_active, trial_flops
 from graft.pipelines.train import train
 from graft.recipe.load import load_recipe, to_yaml
-from graft.recipe.sections import Recipe, SearchSection
+from graft.recipe.search import SearchSection
+from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.lengths import training_rows
 

@@ -12,7 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from graft.core.events import EventLog
 from graft.engine.run_folder import REPORTS_FILE
-from graft.recipe.sections import AshaScheduler, SearchObjective
+from graft.recipe.search import AshaScheduler, SearchObjective
 from graft.runtime.dominance import DominanceRungs
 from graft.runtime.scheduler import StudyScheduler
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from graft.core.events import EventLog
 from graft.engine.run_folder import REPORTS_FILE
-from graft.recipe.scheduler import AshaScheduler
-from graft.recipe.sections import SearchObjective
+from graft.recipe.search import AshaScheduler, SearchObjective
 from graft.runtime.scheduler import StudyScheduler
 
 LOSS = SearchObjective(metric="eval/loss", mode="min")

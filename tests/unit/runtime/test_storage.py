@@ -20,7 +20,7 @@ import pytest
 
 from graft.core.errors import ConfigError, MissingDependencyError, TrainingError
 from graft.core.progress import Progress
-from graft.recipe.sections import SearchSection
+from graft.recipe.search import SearchSection
 from graft.runtime.journal import JOURNAL
 from graft.runtime.postgres import Database
 from graft.runtime.storage import STORAGE_FILE, require_storage

@@ -12,7 +12,8 @@ import pytest
 
 from graft.core.errors import ConfigError, TrainingError
 from graft.core.spaces import Choice, Float, Int
-from graft.recipe.sections import Recipe, SearchSection
+from graft.recipe.search import SearchSection
+from graft.recipe.sections import Recipe
 from graft.runtime.journal import JOURNAL
 from graft.runtime.study import Study, open_study, read_study
 from graft.runtime.trials import StudyFacts
