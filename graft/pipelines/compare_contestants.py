@@ -13,10 +13,14 @@ from graft.methods.base import METHODS
 from graft.recipe.costs import COSTS
 from graft.recipe.holes import contains, middle
 from graft.recipe.sections import CompareVariant, Recipe
+from graft.recipe.seeds import fresh_seeds
 from graft.recipe.space import RecipeSpace
 from graft.recipe.tree import Tree
 
 ALL = "all"
+
+_OF_TUNE = ("points", "points_from", "warm_start", "finalists")
+"""Keys of `search` that a comparison has its own form of."""
 
 _TOO_PARTICULAR = {
     "init_from": "starts from one method's adapter; a comparison starts every method anew",
@@ -143,8 +147,7 @@ def _contestant(
     content["method"] = method
     content["train"] = {k: v for k, v in content.get("train", {}).items() if k != "lr"}
     content["train"]["steps"] = space.sections().compare.search_steps
-    other_starts = ("points", "points_from", "warm_start")
-    search = {k: v for k, v in content.get("search", {}).items() if k not in other_starts}
+    search = {k: v for k, v in content.get("search", {}).items() if k not in _OF_TUNE}
     content["search"] = {**search, "space": "auto", "trials": budget}
     try:
         own = RecipeSpace(Tree(f"the recipe with {name}", content))
@@ -187,8 +190,5 @@ def final_recipes(contestant: Contestant, params: dict[str, Any], steps: int) ->
     """
     assert contestant.space is not None  # refused ones have no point
     best = contestant.space.fix(params)
-    first = best.train.seed + 1
-    return [
-        final_recipe(best, steps=steps, seed=seed)
-        for seed in range(first, first + best.compare.seeds)
-    ]
+    seeds = fresh_seeds([best.train.seed], best.compare.seeds)
+    return [final_recipe(best, steps=steps, seed=seed) for seed in seeds]

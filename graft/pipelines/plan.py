@@ -219,7 +219,7 @@ def _time(
     most = max((recipe.scale.max_workers for recipe in alone), default=1)
     devices = target.devices // most * most if alone else 1
     if space.is_complete:
-        trials = recipes[0].search.model_copy(update={"trials": 1})
+        trials = recipes[0].search.model_copy(update={"trials": 1, "finalists": 0})
         recipes = [recipes[0].model_copy(update={"search": trials})]
         devices = recipes[0].scale.max_workers
     tokens = [_row_tokens(recipe, home) for recipe in recipes]

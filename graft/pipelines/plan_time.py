@@ -110,15 +110,17 @@ def plan_time(
         most = min(most, search.max_tokens / (search.trials * tokens))
     offloads = any(recipe.scale.offload.parameters != "none" for recipe in recipes)
     slowest = speed.low * (_PARAMETER_OFFLOAD if offloads else 1.0)
-    seconds = search.trials * mean / speed.flops
+    seconds = mean / speed.flops / devices
     bound = math.inf if search.max_hours is None else search.max_hours
-    low = min(bound, seconds * min(least, most) / speed.high / 3600 / devices)
-    high = min(bound, seconds * most / slowest / 3600 / devices)
+    shortest = min(bound, search.trials * min(least, most) * seconds / speed.high / 3600)
+    longest = min(bound, search.trials * most * seconds / slowest / 3600)
+    again = search.finalists * search.finalist_seeds * seconds  # to the end, beside every budget
+    low, high = shortest + again / speed.high / 3600, longest + again / slowest / 3600
     early = "" if search.scheduler.type == "none" else ", trials stopped early or not"
     samples = any("rollouts" in recipe.objective.needs for recipe in recipes)
     sampling = "the sampling of answers (often most of it), " if samples else ""
     ends = ", ended by search.max_tokens" if most < 1.0 else ""
-    ends = ", ended by search.max_hours" if high == bound else ends
+    ends = ", ended by search.max_hours" if longest == bound else ends
     return PlannedTime(
         low_hours=low,
         high_hours=high,

@@ -94,6 +94,7 @@ def derive_recipe(
     search = sections.search.model_dump(mode="json")
     search |= {
         "trials": sections.loop.budget_trials,
+        "finalists": min(sections.search.finalists, sections.loop.budget_trials),
         "space": "recipe",
         "points": [{"train.lr": lr / math.sqrt(LR_FACTOR)}],
         "points_from": [],

@@ -17,8 +17,10 @@ from graft.core.events import read_events
 from graft.core.files import require_writable, write_atomic
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.pipelines.finals import read_finals
 from graft.recipe.costs import ADAPTER_BYTES, unit_of
 from graft.recipe.load import load_recipe, to_yaml
+from graft.recipe.seeds import on_seed
 from graft.report import (
     CurvePoint,
     DriftPoint,
@@ -146,6 +148,7 @@ def gather(
         winner=winner.number if winner else None,
         winner_metrics=winner.metrics if winner else {},
         base_metrics=base_metrics,
+        finals=read_finals(study, space),
         importances=importances(trials, objectives[0], seed=sections.search.seed),
         recipe=to_yaml(space.content()),
         chosen_recipe=_chosen(space, study),
@@ -186,9 +189,12 @@ def _adapter_bytes(folder: Path, trial: TrialRecord) -> int | None:
 
 
 def _chosen(space: RecipeSpace, study: Study) -> str | None:
-    if study.winner is None:
+    winner = study.winner
+    if winner is None:
         return None
-    recipe = space.fix(study.trial(study.winner.number).params)
+    recipe = space.fix(study.trial(winner.number).params)
+    if winner.seed is not None:
+        recipe = on_seed(recipe, winner.seed)
     return to_yaml(recipe.model_dump(mode="json"))
 
 

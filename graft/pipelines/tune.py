@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from graft.artifacts.record import MetricValue
 from graft.core.errors import ConfigError
 from graft.core.files import require_writable, sha256_json, write_atomic
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.pipelines.finals import rerun_folder, run_finals
 from graft.recipe.mixture import mixture_facts
+from graft.recipe.seeds import on_seed
+from graft.report.finals_facts import Finals
 from graft.runtime.budget import Budget, Spending, read_spending
 from graft.runtime.trials import StudyFacts, TrialRecord, Winner
 
 if TYPE_CHECKING:
+    from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
+    from graft.runtime.search import Stage
     from graft.runtime.session import RaySession
     from graft.runtime.study import Study
 
@@ -34,10 +42,13 @@ class TuneResult(StrictModel):
     searched: Listed[str]
     """Metrics that were searched for."""
     best: TrialRecord
+    """The winner, as it was searched."""
+    finals: Finals | None
+    """How the best trials did on fresh seeds; None where `search.finalists` is 0."""
     front: Listed[int]
     """Numbers of the trials that no other one beats in every searched metric."""
     artifact: str
-    """Digest of the best trial's adapter."""
+    """Digest of the winner's adapter; with finalists, of its re-run on `finals.published_seed`."""
     metrics: dict[str, MetricValue]
     """Of that adapter, over all held-out rows."""
     num_infeasible: int
@@ -60,6 +71,8 @@ class TunePlan(StrictModel):
     """Parameter → its range, in words."""
     spending: Spending
     """Of the whole study, so far."""
+    num_reruns: int
+    """Trainings of the finalists, after its budget."""
 
 
 def plan_tune(space: RecipeSpace, *, home: Path) -> TunePlan:
@@ -78,6 +91,7 @@ def plan_tune(space: RecipeSpace, *, home: Path) -> TunePlan:
         folder=str(folder),
         holes={name: describe_space(hole) for name, hole in space.holes.items()},
         spending=read_spending(folder, sections.search),
+        num_reruns=sections.search.finalists * sections.search.finalist_seeds,
     )
 
 
@@ -109,7 +123,6 @@ def tune(
         TrainingError: No trial could be completed, or the study's database went away.
     """
     from graft.runtime.samplers import settled_search
-    from graft.runtime.session import ray_session
     from graft.runtime.storage import require_storage
     from graft.runtime.study import open_study
     from graft.runtime.warm_start import find_earlier, take_over
@@ -130,23 +143,25 @@ def tune(
         take_over(study, earlier, space, progress)
         budget = Budget(study)
         before = budget.spending
-        has_work = study.num_remaining > 0 or any(t.is_unfinished for t in study.trials)
-        if has_work and budget.spent is None:
-            with ray_session(address, num_cpus=num_cpus) as session:
-                _search(study, space, budget, longest, home, session, progress)
-        else:
-            progress.note(
-                f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
-                f"--set {budget.ended_by}=N continues it"
-            )
-        spending, ended_by = budget.spending, budget.ended_by
-        winner = _settle(study, space, home=home, progress=progress)
+        with _ray_when_asked(address, num_cpus) as session:
+            train = partial(_train, longest=longest, home=home, session=session, progress=progress)
+            if budget.spent is None and study.has_work:
+                train(study, space, budget=budget, stage="search")
+            else:
+                progress.note(
+                    f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
+                    f"--set {budget.ended_by}=N continues it"
+                )
+            spending, ended_by = budget.spending, budget.ended_by
+            finals = run_finals(study, space, facts, train=train, progress=progress)
+        winner = _settle(study, space, finals, home=home, progress=progress)
         return TuneResult(
             study=sections.name,
             folder=str(folder),
             trials=tuple(t for t in study.trials if t.uses_budget),
             searched=tuple(o.metric for o in sections.search.objectives),
             best=study.trial(winner.number),
+            finals=finals,
             front=tuple(t.number for t in study.front()),
             artifact=winner.artifact,
             metrics=winner.metrics,
@@ -244,49 +259,90 @@ def _longest_trial(space: RecipeSpace, home: Path) -> int:
     return tokens.most if counts_tokens else most_steps(space)
 
 
-def _search(
+@contextmanager
+def _ray_when_asked(
+    address: str | None, num_cpus: int | None
+) -> Iterator[Callable[[], RaySession]]:
+    """One Ray session for both stages, which is not started where neither has work."""
+    from graft.runtime.session import ray_session
+
+    with ExitStack() as opened:
+        yield cache(lambda: opened.enter_context(ray_session(address, num_cpus=num_cpus)))
+
+
+def _train(
     study: Study,
     space: RecipeSpace,
-    budget: Budget,
+    *,
+    budget: Budget | None = None,
+    stage: Stage = "finalists",
     longest: int,
     home: Path,
-    session: RaySession,
+    session: Callable[[], RaySession],
     progress: Progress,
 ) -> None:
+    """Trains what is left of one stage; re-runs have no budget but their number."""
+    ray = session()
     from graft.runtime.search import Search
 
     Search(
         study,
         space,
-        budget=budget,
+        budget=budget or Budget(study),
         longest=longest,
         home=home,
-        session=session,
+        session=ray,
         progress=progress,
+        stage=stage,
     ).run()
 
 
-def _settle(study: Study, space: RecipeSpace, *, home: Path, progress: Progress) -> Winner:
-    """Evaluates the best trial on all held-out rows and publishes it, once."""
+def _settle(
+    study: Study, space: RecipeSpace, finals: Finals | None, *, home: Path, progress: Progress
+) -> Winner:
+    """Evaluates the winner on all held-out rows and publishes it, once."""
     from graft.artifacts import Store
     from graft.engine.run import load_run, run_facts
     from graft.engine.run_folder import read_progress
     from graft.pipelines.finish import publish_trained
 
-    best, known, store = study.best(), study.winner, Store(home)
-    if known is not None and known.number == best.number and known.artifact in store.digests():
+    number, seed, folder, recipe = _chosen(study, space, finals)
+    known, store = study.winner, Store(home)
+    is_known = known is not None and (known.number, known.seed) == (number, seed)
+    if known is not None and is_known and known.artifact in store.digests():
         return known
-    recipe = space.fix(best.params)
     run = load_run(recipe, home)
-    kept = read_progress(study.trial_folder(best.number), run_facts(run))
+    kept = read_progress(folder, run_facts(run))
     if kept is None:
         raise ConfigError(
-            f"trial {best.number} has no whole checkpoint in {study.trial_folder(best.number)}; "
-            "restore the folder from a copy"
+            f"trial {number} has no whole checkpoint in {folder}; restore the folder from a copy"
         )
     published = publish_trained(run, kept.state.tensors, store=store, progress=progress)
     winner = Winner(
-        number=best.number, artifact=str(published.digest), metrics=published.record.metrics
+        number=number,
+        seed=seed,
+        artifact=str(published.digest),
+        metrics=published.record.metrics,
     )
     study.settle(winner)
     return winner
+
+
+class _Chosen(NamedTuple):
+    """The run whose adapter is published."""
+
+    number: int
+    """Of its trial in the search."""
+    seed: int | None
+    """Fresh one of a re-run; None where it is that trial itself."""
+    folder: Path
+    recipe: Recipe
+
+
+def _chosen(study: Study, space: RecipeSpace, finals: Finals | None) -> _Chosen:
+    if finals is None or finals.published_seed is None:
+        best = study.best()
+        return _Chosen(best.number, None, study.trial_folder(best.number), space.fix(best.params))
+    first, seed = finals.finalists[0], finals.published_seed
+    folder = rerun_folder(study, first, seed)
+    return _Chosen(first.number, seed, folder, on_seed(space.fix(first.params), seed))

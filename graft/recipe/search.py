@@ -94,7 +94,24 @@ class SearchSection(StrictModel):
     `PGPASSWORD` or `~/.pgpass`."""
     eval_rows: int = Field(64, ge=1)
     """Held-out rows a report during the search; the winner is evaluated on all."""
+    finalists: int = Field(0, ge=0)
+    """Best complete trials that are trained again, on fresh seeds and to the end, before a winner
+    is named: the one with the best mean of the first metric. They come on top of `trials`; 0 names
+    the best trial as it was searched."""
+    finalist_seeds: int = Field(3, ge=2)
+    """Trainings of each finalist, on seeds that the search has not seen; two leave the interval of
+    their mean wide."""
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def finalists_are_trials(self) -> SearchSection:
+        """Refuses more finalists than trials."""
+        if self.finalists > self.trials:
+            raise ValueError(
+                f"finalists {self.finalists} of {self.trials} trials; ask for {self.trials} at "
+                "most, or raise `trials`"
+            )
+        return self
 
     @field_validator("storage")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from graft.artifacts.record import MetricValue, ParityReport
 from graft.core.model import Listed, StrictModel
+from graft.report.finals_facts import Finals
 
 
 class CurvePoint(StrictModel):
@@ -123,6 +124,8 @@ class StudyReport(StrictModel):
     """Over all held-out rows."""
     base_metrics: dict[str, MetricValue] = {}
     """The bare base on the same rows, where it was measured."""
+    finals: Finals | None = None
+    """The best trials on fresh seeds, as far as they have come."""
     importances: Listed[Importance] = ()
     recipe: str
     """The study's recipe, YAML."""

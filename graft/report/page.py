@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from graft.report.facts import StudyReport
 from graft.report.figures import importance_bars, learning_curves, setting, trade_offs
+from graft.report.finals import finals_table
 from graft.report.importance import MIN_TRIALS
 from graft.report.svg import number
 from graft.report.tables import (
@@ -39,6 +40,7 @@ def render(report: StudyReport) -> str:
         ),
         Section("importances", "What mattered", _importances(report)),
         Section("trials", "Trials", trials_table(report)),
+        *_finals(report),
         Section("recipe", "Recipe", _recipes(report)),
         Section("data", "Data", data_table(report)),
         Section("forms", "Adapters and parity", forms_table(report)),
@@ -151,6 +153,12 @@ def _importances(report: StudyReport) -> str:
         "is how often shuffled results explain as much. With few trials read it as a hint."
     )
     return f'{key}<div class="card single">{svg}</div>'
+
+
+def _finals(report: StudyReport) -> list[Section]:
+    if report.finals is None:
+        return []
+    return [Section("finalists", "Finalists", finals_table(report.finals))]
 
 
 def _recipes(report: StudyReport) -> str:

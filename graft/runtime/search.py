@@ -6,7 +6,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray import tune
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 EVENTS_FILE = "events.jsonl"
 
+Stage = Literal["search", "finalists"]
+"""`finalists`: what is trained has been begun already, and nothing is sampled."""
+
+_TAKEN_UP: dict[Stage, str] = {"search": "resume", "finalists": "rerun"}
 _MAX_VAIN_ROUNDS = 3
 _NO_WORDS = "their processes end without a word"
 
@@ -53,6 +57,7 @@ class Search:
         home: Seen by every node.
         session: The Ray cluster.
         progress: Told of every trial.
+        stage: What the study is for.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Search:
         home: Path,
         session: RaySession,
         progress: Progress,
+        stage: Stage = "search",
     ) -> None:
         self._study = study
         self._space = space
@@ -73,7 +79,8 @@ class Search:
         self._home = home
         self._session = session
         self._section = study.section
-        self._watch = TrialWatch(study, progress)
+        self._stage = stage
+        self._watch = TrialWatch(study, progress, stage)
         track = space.sections().track
         self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track, progress)]
 
@@ -105,11 +112,13 @@ class Search:
             memory=memory,
             admit=worker_needs,
             budget=self._budget,
+            only_begun=self._stage == "finalists",
         )
         prepare_ops(self._space.scales(), self._watch.progress)
-        self._say_how()
+        if self._stage == "search":
+            self._say_how()
         if queue.num_resumed:
-            self._watch.say("resume", trials=queue.num_resumed)
+            self._watch.say(_TAKEN_UP[self._stage], trials=queue.num_resumed)
 
         def turn(executor: Executor) -> Loss | None:
             with self._watch:
@@ -118,7 +127,7 @@ class Search:
                 return self._dedicated_turn(queue, memory)
 
         take_turns(queue, turn)
-        if queue.is_exhausted:
+        if queue.is_exhausted and self._stage == "search":
             ended, budget = num_ended(self._study), self._section.trials
             self._watch.say("exhausted", trials=ended)
             self._watch.progress.note(
@@ -278,15 +287,16 @@ def num_concurrent(
 class TrialWatch(TrialCallback):
     """Shows trials to people and keeps `events.jsonl`; a context manager around each turn."""
 
-    def __init__(self, study: Study, progress: Progress) -> None:
+    def __init__(self, study: Study, progress: Progress, stage: Stage = "search") -> None:
         self._study = study
+        self._stage = stage
         self.progress = progress
         self._events = EventLog(study.folder / EVENTS_FILE)
         self._bars: dict[int, tuple[Task, int]] = {}
         self._whole: Task | None = None
 
     def __enter__(self) -> TrialWatch:
-        self._whole = self.progress.task("search", self._study.section.trials, "trial")
+        self._whole = self.progress.task(self._stage, self._study.section.trials, "trial")
         self._whole.advance(num_ended(self._study))
         return self
 
@@ -337,6 +347,8 @@ class TrialWatch(TrialCallback):
             self._whole.advance(1, **self._best_so_far())
 
     def _best_so_far(self) -> dict[str, float | str]:
+        if self._stage == "finalists":
+            return {}  # the best of several seeds says nothing
         try:
             best = self._study.best()
         except TrainingError:

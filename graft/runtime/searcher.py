@@ -137,6 +137,8 @@ class TrialQueue:
         memory: What device there is and what it may be given; None is not looked at.
         admit: Raises a `ConfigError` where the cluster is too small for a recipe.
         budget: Of hours and tokens; None begins to count the hours now.
+        only_begun: Whether no trial is asked for beyond those that the study has begun, and the
+            weights of all are kept.
     """
 
     def __init__(
@@ -148,14 +150,16 @@ class TrialQueue:
         memory: MemoryCap | None = None,
         admit: Callable[[Recipe], object] = lambda recipe: None,
         budget: Budget | None = None,
+        only_begun: bool = False,
     ) -> None:
         self.study = study
         self.budget = budget or Budget(study)
         self.memory = memory
+        self.only_begun = only_begun
         self._space = _Feasible(space, memory, admit)
         self._turn = turn
         self._waiting: dict[Executor, deque[Asked]] = {"packed": deque(), "dedicated": deque()}
-        self._is_exhausted = False
+        self._is_exhausted = only_begun
         self._held: dict[int, str] = {}
         """Half-trained trial → why it cannot go on here and now."""
         self._fault: str | None = None
@@ -364,7 +368,8 @@ class StudySearcher(Searcher):
                 study.refuse(number, failure.reason)
         else:
             self._end(asked, result)
-        drop_needless_checkpoints(study)
+        if not self._queue.only_begun:
+            drop_needless_checkpoints(study)
 
     def _end(self, asked: Asked, result: Mapping[str, Any] | None) -> None:
         study, number = self._queue.study, asked.number

@@ -76,6 +76,11 @@ class Study:
         return self.section.trials - sum(t.uses_budget for t in self.trials)
 
     @property
+    def has_work(self) -> bool:
+        """Tells whether a trial is unfinished, or may be asked for."""
+        return self.num_remaining > 0 or any(trial.is_unfinished for trial in self.trials)
+
+    @property
     def winner(self) -> Winner | None:
         """What `settle` kept last."""
         raw = self._study.user_attrs.get("winner")
@@ -156,6 +161,10 @@ class Study:
                 )
             )
         self._study.set_user_attr("taken", [*self.taken, what])
+
+    def enqueue_rerun(self, number: int, point: Mapping[str, Any]) -> None:
+        """Puts a re-run of another study's trial in front, marked with that trial's number."""
+        self._study.enqueue_trial(dict(point), user_attrs={"rerun_of": number})
 
     def ask(self, space: Sampled) -> Asked | None:
         """Proposes the next trial, or None where a grid has no new point.

@@ -64,6 +64,8 @@ class TrialRecord(StrictModel):
     reason: str | None = None
     """Why it failed, cannot be or is paused."""
     recipe_digest: str | None = None
+    rerun_of: int | None = None
+    """The searched trial that this one trains again on a fresh seed."""
 
     @property
     def has_ended(self) -> bool:
@@ -106,6 +108,8 @@ class Winner(StrictModel):
     """The best trial after the search."""
 
     number: int
+    seed: int | None = None
+    """Fresh seed of the re-run whose adapter is published; None is the searched trial's own."""
     artifact: str
     """Digest of its published adapter."""
     metrics: dict[str, MetricValue]
@@ -171,6 +175,7 @@ def record_of(frozen: Any) -> TrialRecord:
         executor=facts.get("executor"),
         reason=facts.get("reason", facts.get("infeasible", paused or None)),
         recipe_digest=facts.get("recipe_digest"),
+        rerun_of=facts.get("rerun_of"),
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graft.pipelines.tune import TunePlan, TuneResult
+    from graft.report.finals_facts import Finals
 
 
 def show(record: TuneResult | TunePlan, console: Console) -> None:
@@ -51,6 +52,8 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
         f"ended by {record.ended_by}: {record.spending.words}"
         + (f"; paused trials: {paused}, --set {record.ended_by}=N goes on" if paused else "")
     )
+    if record.finals is not None:
+        _show_finals(record.finals, console)
     console.print(f"best: trial {record.best.number}, artifact {record.artifact[:12]}")
     for name, metric in record.metrics.items():
         interval = "" if metric.low is None else f"  [{metric.low:.4g}, {metric.high:.4g}]"
@@ -58,9 +61,34 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
     console.print(record.folder, soft_wrap=True)
 
 
+def _show_finals(finals: Finals, console: Console) -> None:
+    from rich.table import Table
+
+    from graft.report.finals import interval_text, rerun_text
+
+    table = Table(title="finalists on fresh seeds", box=None, header_style="bold")
+    interval = f"{finals.confidence:.0%} interval"
+    seeds = [f"seed {seed}" for seed in finals.seeds]
+    for heading in ("trial", f"mean {finals.metric}", interval, *seeds):
+        table.add_column(heading, justify="right")
+    for place, finalist in enumerate(finals.finalists):
+        published = finals.published_seed if place == 0 else None
+        table.add_row(
+            f"{'' if place else '*'}{finalist.number}",
+            _cell(finalist.mean),
+            interval_text(finalist),
+            *(rerun_text(rerun, published) for rerun in finalist.reruns),
+            style=None if place else "bold",
+        )
+    console.print(table)
+    console.print(f"{finals.verdict}; published: seed {finals.published_seed}", soft_wrap=True)
+
+
 def _show_plan(plan: TunePlan, console: Console) -> None:
     console.print(f"study {plan.study} in {plan.folder}", soft_wrap=True)
     console.print(f"spent: {plan.spending.words}; left: {plan.spending.left}")
+    if plan.num_reruns:
+        console.print(f"then the best are trained again, {plan.num_reruns} times in all")
     for name, words in plan.holes.items():
         console.print(f"  {name}: {words}")
 
