@@ -13,7 +13,9 @@ class RerunFacts(StrictModel):
     seed: int
     number: int | None = None
     """In the study of the re-runs; None where it has not begun."""
-    state: Literal["waiting", "running", "complete", "stopped", "failed", "infeasible"] = "waiting"
+    state: Literal[
+        "waiting", "running", "paused", "complete", "stopped", "failed", "infeasible"
+    ] = "waiting"
     value: float | None = None
     """Of the searched metric; None where it is not complete."""
     reason: str | None = None
