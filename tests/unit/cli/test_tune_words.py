@@ -31,6 +31,7 @@ def test_a_search_tells_which_budget_ended_it_and_what_goes_on_with_more() -> No
         trials=(best, paused),
         searched=("eval/loss",),
         best=best,
+        finals=None,
         front=(0,),
         artifact="d" * 64,
         metrics={},
@@ -49,7 +50,9 @@ def test_a_search_tells_which_budget_ended_it_and_what_goes_on_with_more() -> No
 
 
 def test_a_dry_run_tells_what_is_left_of_every_budget() -> None:
-    plan = TunePlan(study="tiny", folder="/home/studies/tiny", holes={}, spending=SPENT)
+    plan = TunePlan(
+        study="tiny", folder="/home/studies/tiny", holes={}, spending=SPENT, num_reruns=0
+    )
     words = printed(plan)
     assert "spent: 1 of 4 trials, 0.25 hours, 1,010 of 1,000 tokens" in words
     assert "left: 3 trials, 0 tokens" in words

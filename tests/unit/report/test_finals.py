@@ -12,6 +12,7 @@ from graft.cli.verbs.tune import show
 from graft.pipelines.tune import TuneResult
 from graft.report import render
 from graft.report.finals_facts import FinalistFacts, Finals, RerunFacts
+from graft.runtime.budget import Spending
 from graft.runtime.trials import TrialRecord
 from tests.unit.report.example import METRIC, example_report
 from tests.unit.report.test_page import Balance
@@ -93,6 +94,10 @@ def test_the_terminal_shows_the_same_and_the_verdict(finals: Finals) -> None:
         metrics={},
         num_infeasible=0,
         num_run=2,
+        spending=Spending(
+            trials=2, num_ended=2, max_hours=None, hours=0.25, max_tokens=None, tokens=900
+        ),
+        ended_by="search.trials",
         seconds=1.0,
     )
     text = io.StringIO()
