@@ -7,11 +7,14 @@ import time
 from typing import TYPE_CHECKING
 
 from graft.cli.console import make_console
-from graft.core.progress import Progress, Task
+from graft.core.progress import LiveTable, Progress, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import rich.progress
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -53,17 +56,30 @@ class BarProgress(Progress):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars: rich.progress.Progress | None = None
+        self._tables: list[_BarTable] = []
         self._num_open = 0
 
     def task(self, label: str, total: float | None = None, unit: str = "step") -> Task:
         """Opens a bar."""
+        bars = self._open()
+        done = format_done(0, total, unit)
+        bar = bars.add_task(label, total=total, done=done, fields="")
+        return _BarTask(self, bars, bar, unit)
+
+    def table(self, title: str) -> LiveTable:
+        """Opens a table above the bars."""
+        self._open()
+        table = _BarTable(self, title)
+        self._tables.append(table)
+        return table
+
+    def _open(self) -> rich.progress.Progress:
         if self._bars is None:
-            self._bars = _make_bars(self._console)
+            self._tables = []
+            self._bars = _make_bars(self._console, self._tables)
             self._bars.start()
         self._num_open += 1
-        done = format_done(0, total, unit)
-        bar = self._bars.add_task(label, total=total, done=done, fields="")
-        return _BarTask(self, self._bars, bar, unit)
+        return self._bars
 
     def note(self, text: str) -> None:
         """Prints one line above the bars."""
@@ -77,10 +93,19 @@ class BarProgress(Progress):
             self._bars = None
 
 
-def _make_bars(console: Console) -> rich.progress.Progress:
+def _make_bars(console: Console, tables: Sequence[_BarTable]) -> rich.progress.Progress:
     from rich import progress
 
-    return progress.Progress(
+    class Bars(progress.Progress):
+        """Bars with the tables above them."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            """Yields what is drawn again and again."""
+            for table in tables:
+                yield table.draw()
+            yield self.make_tasks_table(self.tasks)
+
+    return Bars(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(bar_width=24),
         progress.TextColumn("{task.fields[done]}", markup=False),
@@ -118,6 +143,37 @@ class _BarTask(Task):
             self._is_open = False
             self._bars.stop_task(self._bar)
             self._owner.task_closed()
+
+
+class _BarTable(LiveTable):
+    def __init__(self, owner: BarProgress, title: str) -> None:
+        self._owner = owner
+        self._title = title
+        self._shown: tuple[Sequence[str], Sequence[Sequence[str]], int | None] = ((), (), None)
+        self._is_open = True
+
+    def update(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None
+    ) -> None:
+        self._shown = (headings, rows, marked)
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._owner.task_closed()
+
+    def draw(self) -> Table:
+        """Draws the rows of the last update."""
+        from rich.table import Table
+        from rich.text import Text
+
+        headings, rows, marked = self._shown
+        table = Table(title=self._title, box=None, header_style="bold")
+        for heading in headings:
+            table.add_column(Text(heading), justify="right", no_wrap=True)
+        for index, row in enumerate(rows):
+            table.add_row(*map(Text, row), style="bold" if index == marked else None)
+        return table
 
 
 class LineProgress(Progress):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 
@@ -26,12 +27,28 @@ class Task:
         self.close()
 
 
+class LiveTable:
+    """A table that changes in place. The base class is silent."""
+
+    def update(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None
+    ) -> None:
+        """Shows other rows; the marked one stands out."""
+
+    def close(self) -> None:
+        """Leaves the table as it is; harmless when repeated."""
+
+
 class Progress:
     """What pipelines report to; silent unless the command line passes one that draws."""
 
     def task(self, label: str, total: float | None = None, unit: str = "step") -> Task:
         """Begins a piece of work of `total` units, or of unknown length."""
         return Task()
+
+    def table(self, title: str) -> LiveTable | None:
+        """Opens a table; None where nothing changes in place, and tasks are to tell the same."""
+        return None
 
     def note(self, text: str) -> None:
         """Says one line."""

@@ -29,6 +29,7 @@ from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
 from graft.runtime.tracking import WandbTracker
+from graft.runtime.trial_table import TrialTable
 from graft.runtime.trials import Loss
 
 if TYPE_CHECKING:
@@ -293,17 +294,21 @@ class TrialWatch(TrialCallback):
         self.progress = progress
         self._events = EventLog(study.folder / EVENTS_FILE)
         self._bars: dict[int, tuple[Task, int]] = {}
+        self._table = TrialTable(study, progress)
+        self._has_table = False
         self._whole: Task | None = None
 
     def __enter__(self) -> TrialWatch:
         self._whole = self.progress.task(self._stage, self._study.section.trials, "trial")
         self._whole.advance(num_ended(self._study))
+        self._has_table = self._table.open()
         return self
 
     def __exit__(self, *_: object) -> None:
         for bar, _steps in self._bars.values():
             bar.close()
         self._bars = {}
+        self._table.close()
         if self._whole is not None:
             self._whole.close()
 
@@ -312,17 +317,21 @@ class TrialWatch(TrialCallback):
         self._events.append(event, **fields)
 
     def log_trial_start(self, trial: Any) -> None:
-        """Opens a bar."""
+        """Opens a bar, or a row of the table."""
         config = trial.config
+        self.say("start", trial=config["trial"], params=config["params"])
+        if self._has_table:
+            self._table.redraw()
+            return
         label = " ".join(f"{k.split('/')[-1]}={_short(v)}" for k, v in config["params"].items())
         bar = self.progress.task(f"trial {config['trial']} {label}", config["steps"])
         self._bars[config["trial"]] = (bar, 0)
-        self.say("start", trial=config["trial"], params=config["params"])
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """Moves a bar on."""
         number, metrics = trial.config["trial"], metrics_of(result)
         self.say("report", trial=number, steps=result["steps"], metrics=metrics)
+        self._table.redraw()
         if number in self._bars:
             bar, seen = self._bars[number]
             fields = {"loss": metrics.get("train/loss", 0.0)}
@@ -339,6 +348,7 @@ class TrialWatch(TrialCallback):
         number = trial.config["trial"]
         record = self._study.trial(number)
         self.say("end", trial=number, state=record.state, steps=record.steps, reason=record.reason)
+        self._table.redraw()
         if number in self._bars:
             self._bars.pop(number)[0].close()
         if record.state in ("failed", "infeasible"):

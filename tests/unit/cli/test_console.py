@@ -120,6 +120,24 @@ def test_bars_nest_and_end_with_the_last_task(capsys: pytest.CaptureFixture[str]
     assert "trial 0 ended [early]" in text
 
 
+def test_a_table_changes_in_place_above_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = BarProgress(Console(force_terminal=True, width=120, highlight=False))
+    table = progress.table("study tiny")
+    with progress.task("search", total=2, unit="trial") as whole:
+        table.update(["trial", "eval/loss"], [["0", "0.9"], ["*1", "0.3 [b]"]], 1)
+        whole.advance(1)
+    table.close()
+    table.close()
+    with progress.task("again") as later:
+        later.advance()
+    shown = capsys.readouterr().out
+    assert "study tiny" in shown
+    assert "\x1b[1m" in shown
+    last = shown[: shown.index("again")]
+    assert last.rindex("0.3 [b]") < last.rindex("1/2 trial")
+    assert LineProgress(Console()).table("study tiny") is None
+
+
 def test_durations_and_fields_are_short() -> None:
     assert [format_duration(s) for s in (9, 309, 3909)] == ["0:09", "5:09", "1:05:09"]
     assert (
