@@ -150,4 +150,4 @@ def test_broken_weights_are_not_timed(loaded: LoadedRun) -> None:
 def test_latency_without_prompts_is_refused_before_training(loaded: LoadedRun) -> None:
     without = loaded.prepared._replace(prompts=[])
     with pytest.raises(DataError, match="cost/latency_ms times answers to held-out prompts"):
-        require_measurable(loaded.recipe, without)
+        require_measurable(loaded.recipe, without, context_tokens=512)
