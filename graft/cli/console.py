@@ -112,9 +112,8 @@ def _fail(error: Exception, *, as_json: bool) -> None:
     if as_json:
         content = {"type": type(known).__name__, "message": message, "exit_code": code}
         typer.echo(json.dumps({"error": content}, ensure_ascii=False))
-    _say(
-        message, as_json=as_json, title="refused" if code == GateRefusedError.exit_code else "error"
-    )
+    titles = {GateRefusedError.exit_code: "refused", INTERRUPTED: ""}
+    _say(message, as_json=as_json, title=titles.get(code, "error"))
     raise typer.Exit(code)
 
 

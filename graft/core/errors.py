@@ -9,6 +9,7 @@
     ├── GateRefusedError       (RuntimeError)  a parity or quality gate said no               exit 3
     ├── TrainingError          (RuntimeError)  a run broke: NaN, lost worker, bad checkpoint  exit 1
     │   └── DeviceMemoryError                  a run needed more memory than its device has   exit 1
+    ├── StoppedError           (RuntimeError)  a person ended the search from outside       exit 130
     ├── CompressionError       (RuntimeError)  a compressor could not keep its promise        exit 1
     └── ServingError           (RuntimeError)  an engine, a replica or the gateway failed     exit 1
 
@@ -69,6 +70,12 @@ class TrainingError(GraftError, RuntimeError):
 
 class DeviceMemoryError(TrainingError):
     """A run needed more memory than its device has."""
+
+
+class StoppedError(GraftError, RuntimeError):
+    """A person ended a search from another process, as an interrupt would; it can go on."""
+
+    exit_code = 130
 
 
 class CompressionError(GraftError, RuntimeError):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune import Trainable
 
-from graft.core.errors import DeviceMemoryError, GraftError
-from graft.runtime.trials import fail_trial, failure_of
+from graft.core.errors import DeviceMemoryError, GraftError, TrainingError
+from graft.runtime.trials import fail_trial, failure_of, is_asked_to_leave
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
@@ -50,13 +50,18 @@ class DedicatedTrial(Trainable):
 
         Raises:
             GraftError: What the workers raised; its message is left in the folder for the driver.
+            TrainingError: A person stopped the trial.
         """
         from graft.engine.run_folder import read_reports
 
         while (report := self._next_report()) is None and self._thread.is_alive():
+            if is_asked_to_leave(self._folder):
+                self._leaves.set()
             self._thread.join(_LOOK_EVERY_S)
         if report is None:
             self._await_end()
+            if self._leaves.is_set():
+                raise TrainingError("the run left as it was asked to")
             # The last one came while the run ended, or before this trial was taken up again.
             report = read_reports(self._folder)[-1]
         is_done = self._recipe.train.ends_with(report)

@@ -153,7 +153,7 @@ class Pack:
                 if self._loss is not None:
                     raise TrainingError(self._loss.words)
                 seat = self._seats.get(number)
-                if seat is None:
+                if seat is None or seat.leaves:
                     raise TrainingError(f"trial {number} has no seat in the pack; it has left")
                 seat.renewed_s = time.monotonic()
                 if seat.failure is not None:

@@ -16,6 +16,7 @@ from graft.core.errors import TrainingError
 from graft.core.events import EventLog
 from graft.core.progress import Progress, Task
 from graft.engine.run_folder import objective_figures
+from graft.runtime.attended import Attendant, AttendedScheduler
 from graft.runtime.budget import Budget
 from graft.runtime.callbacks import TrialCallback
 from graft.runtime.dedicated import DedicatedTrial
@@ -23,6 +24,7 @@ from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
 from graft.runtime.placement import ON_HEAD, node_places, worker_needs
+from graft.runtime.requests import EVENTS_FILE
 from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits, MemoryCap
     from graft.recipe.sections import Recipe, ScaleSection
     from graft.recipe.space import RecipeSpace
-
-EVENTS_FILE = "events.jsonl"
 
 Stage = Literal["search", "finalists"]
 """`finalists`: what is trained has been begun already, and nothing is sampled."""
@@ -82,6 +82,7 @@ class Search:
         self._section = study.section
         self._stage = stage
         self._watch = TrialWatch(study, progress, stage)
+        self._attendant = Attendant(study, space, self._watch.say, progress)
         track = space.sections().track
         self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track, progress)]
 
@@ -91,6 +92,7 @@ class Search:
         Raises:
             ConfigError: The cluster's devices can train no point of the space.
             TrainingError: Trials are lost again and again: their processes die.
+            StoppedError: A person ended the search.
         """
         try:
             self._run()
@@ -106,6 +108,7 @@ class Search:
         self._session = await_node(self._space.example(), self._session, self._watch.progress)
         memory = self._memory_cap()
         require_any_trainable(self._space.examples(), torch.device(memory.limits.device))
+        self._attendant.begin()
         queue = TrialQueue(
             self._study,
             self._space,
@@ -166,6 +169,7 @@ class Search:
         ) as packs:
             return self._fit(
                 tune.with_resources(PackedTrial, ON_HEAD),
+                queue,
                 StudySearcher(queue, "packed", packs),
                 concurrent=packs.most_trials,
                 config={},
@@ -180,6 +184,7 @@ class Search:
         cpus = ray.cluster_resources().get("CPU", 1.0)
         return self._fit(
             tune.with_resources(DedicatedTrial, ON_HEAD),
+            queue,
             StudySearcher(queue, "dedicated"),
             concurrent=concurrent,
             config={
@@ -192,6 +197,7 @@ class Search:
     def _fit(
         self,
         trainable: Any,
+        queue: TrialQueue,
         searcher: StudySearcher,
         *,
         concurrent: int,
@@ -205,7 +211,10 @@ class Search:
             param_space=config,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=self._scheduler(),
+                scheduler=AttendedScheduler(
+                    self._scheduler(),
+                    lambda controller: self._attendant.look(controller, queue, searcher),
+                ),
                 num_samples=-1,  # the searcher says when it is enough
                 max_concurrent_trials=concurrent,
                 reuse_actors=kind == "packed",
@@ -222,9 +231,10 @@ class Search:
                 callbacks=[self._watch, *self._trackers, *callbacks],
             ),
         )
-        tuner.fit()
-        # Tune's own record of the turn is read by nobody, and grows with every trial.
-        shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
+        try:
+            tuner.fit()
+        finally:  # Tune's own record of the turn is read by nobody, and grows with every trial
+            shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
         return searcher.loss
 
     def _scheduler(self) -> BudgetScheduler:

@@ -25,7 +25,14 @@ from graft.recipe.sections import Recipe
 from graft.runtime.budget import Budget
 from graft.runtime.scheduler import STEP, TOKENS
 from graft.runtime.study import Study
-from graft.runtime.trials import Asked, Failure, Loss, failure_of, forget_failure
+from graft.runtime.trials import (
+    STOPPED_BY_PERSON,
+    Asked,
+    Failure,
+    Loss,
+    failure_of,
+    forget_end,
+)
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
@@ -177,14 +184,29 @@ class TrialQueue:
             queue.clear()
         self._held.clear()
         for asked in self.study.unfinished(self._space.unasked):
-            reason = self._space.obstacle(asked.recipe)
-            if reason is None:
-                self._waiting[self._space.executor_of(asked.recipe)].append(asked)
-            elif self._is_begun(asked) and self._space.obstacle(asked.recipe, corrected=False):
-                self._held[asked.number] = reason
-            else:
-                self.study.refuse(asked.number, reason)
+            self._line_up(asked)
         self.num_resumed = sum(len(queue) for queue in self._waiting.values())
+
+    def take_up(self, number: int) -> None:
+        """Puts one trial in line that nobody runs any more."""
+        asked = self.study.take_up(number, self._space.unasked)
+        if asked is not None:
+            self._line_up(asked)
+
+    def withdraw(self, number: int) -> None:
+        """Takes a trial out of the line."""
+        for executor, queue in self._waiting.items():
+            self._waiting[executor] = deque(a for a in queue if a.number != number)
+        self._held.pop(number, None)
+
+    def _line_up(self, asked: Asked) -> None:
+        reason = self._space.obstacle(asked.recipe)
+        if reason is None:
+            self._waiting[self._space.executor_of(asked.recipe)].append(asked)
+        elif self._is_begun(asked) and self._space.obstacle(asked.recipe, corrected=False):
+            self._held[asked.number] = reason
+        else:
+            self.study.refuse(asked.number, reason)
 
     def _is_begun(self, asked: Asked) -> bool:
         return newest_step(self.study.trial_folder(asked.number) / CHECKPOINTS) > 0
@@ -315,12 +337,20 @@ class StudySearcher(Searcher):
         """Of the seats of all trials, which are run again."""
         self._blamed: dict[int, Failure] = {}
         """Trial that a seat was lost for → why."""
+        self._by_person: set[int] = set()
+        """Trials that a person stops."""
+
+    def stop(self, number: int) -> None:
+        """Says that a person is the reason why Tune is about to end a trial."""
+        self._by_person.add(number)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Gives Tune the next trial's number; its recipe is in its folder."""
         if self.loss is None and not self._seats.has_seat():
             return None  # Tune asks again
         asked = None if self.loss else self._queue.next(self.executor)
+        if asked is None and self._trials and not self.loss:
+            return None  # a person may yet propose or take up a trial; Tune asks again
         if asked is None:
             return str(Searcher.FINISHED)
         study = self._queue.study
@@ -329,7 +359,7 @@ class StudySearcher(Searcher):
         if self._queue.memory is not None:
             predict_costs(folder, asked.recipe, self._queue.memory)
         study.note(asked.number, executor=self.executor, paused="")
-        forget_failure(folder)
+        forget_end(folder)
         self._trials[trial_id] = asked
         for report in read_reports(folder):
             self._report(asked.number, report)
@@ -379,6 +409,8 @@ class StudySearcher(Searcher):
         if asked.recipe.train.ends_with({**trial.metrics, STEP: trial.steps}):
             study.tell(number, "complete")
             self._require_metrics(number)
+        elif number in self._by_person:
+            study.tell(number, "stopped", reason=STOPPED_BY_PERSON)
         elif result is not None and STEP in result and trial.state != "paused":
             study.tell(number, "stopped")
 
@@ -454,10 +486,10 @@ class StudySearcher(Searcher):
 
 
 def drop_needless_checkpoints(study: Study) -> None:
-    """Removes the state of trials that have ended and are not the best: nobody goes on from it."""
+    """Removes the state of trials that nobody goes on from: ended as they should, not the best."""
     kept = {trial.number for trial in study.front()}
     for trial in study.trials:
-        if trial.has_ended and trial.number not in kept:
+        if trial.has_ended and trial.number not in kept and not trial.may_go_on:
             shutil.rmtree(study.trial_folder(trial.number) / CHECKPOINTS, ignore_errors=True)
 
 

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from filelock import FileLock, Timeout
+
 from graft.core.errors import ConfigError
 from graft.core.files import require_writable, write_json
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.runtime.journal import JOURNAL, repair_journal
-from graft.runtime.postgres import PATIENCE_S, Database, LastingStorage
+from graft.runtime.postgres import PATIENCE_S, Database, LastingStorage, StudyTakenError
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from graft.recipe.search import SearchSection
 
 STORAGE_FILE = "storage.json"
+DRIVER = "driver.json"
+"""Names the process that drives the study, or drove it last."""
+
+_LOCK_WAIT_S = 1.0
+"""Others hold the driver's lock for a moment only: to look for a driver, to do what one asks."""
 
 
 class Kept(NamedTuple):
@@ -96,26 +103,41 @@ def storage_to_drive(
 @contextmanager
 def _only_driver(folder: Path) -> Iterator[None]:
     """Holds the lock of the study's folder: its trials' files have one driver, too."""
-    import filelock
-
-    lock = filelock.FileLock(folder / "driver.lock")
+    lock = _lock(folder)
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
+        lock.acquire(timeout=_LOCK_WAIT_S)
+    except Timeout:
+        raise StudyTakenError(
             f"study {folder.name!r} is being run by {_owner(folder)}; wait for it, or give this "
             "recipe another name"
         ) from None
     try:
-        write_json(folder / "driver.json", {"host": socket.gethostname(), "pid": os.getpid()})
+        write_json(folder / DRIVER, {"host": socket.gethostname(), "pid": os.getpid()})
         yield
     finally:
         lock.release()
 
 
+def driver_of(folder: Path) -> str | None:
+    """Names the process that drives a study from this home; None where none does."""
+    lock = _lock(folder)
+    if not Path(lock.lock_file).exists():
+        return None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return _owner(folder)
+    lock.release()
+    return None
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder / "driver.lock")
+
+
 def _owner(folder: Path) -> str:
     try:
-        owner = json.loads((folder / "driver.json").read_text())
+        owner = json.loads((folder / DRIVER).read_text())
         return f"process {owner['pid']} on {owner['host']}"
     except (OSError, ValueError, KeyError):
         return "another process"

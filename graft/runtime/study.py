@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from graft.core.errors import ConfigError, TrainingError
 from graft.core.pareto import dominates
 from graft.core.progress import QUIET, Progress
 from graft.core.spaces import Float, Int, Space
-from graft.runtime.postgres import PATIENCE_S
+from graft.runtime.postgres import PATIENCE_S, StudyTakenError
 from graft.runtime.samplers import endless_grid, seeded_sampler
 from graft.runtime.storage import Kept, storage_to_drive, storage_to_read
 from graft.runtime.trials import (
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 _MAX_INFEASIBLE_IN_A_ROW = 100
 _EARLIER = "earlier"
 """Marks a trial of another study with where it is from."""
+_CONTINUES = "continues"
+"""Marks a trial with the one that it goes on from."""
 
 
 class Study:
@@ -64,11 +66,14 @@ class Study:
 
         Trials of earlier studies, which only the sampler sees, are not among them.
         """
-        return [record_of(frozen) for frozen in self._own()]
+        found = self._own()
+        later = {f.user_attrs[_CONTINUES]: f.number for f in found if _CONTINUES in f.user_attrs}
+        return [record_of(frozen, later.get(frozen.number)) for frozen in found]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
-        return record_of(self._frozen(number))
+        later = (f.number for f in self._own() if f.user_attrs.get(_CONTINUES) == number)
+        return record_of(self._frozen(number), next(later, None))
 
     @property
     def num_remaining(self) -> int:
@@ -113,16 +118,17 @@ class Study:
         """What its trials share."""
         return StudyFacts.model_validate(self._study.user_attrs["facts"])
 
-    def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
+    def enqueue(self, points: Sequence[Mapping[str, Any]], *, again: bool = False) -> None:
         """Puts settings in front, each once however often it is called.
 
         Args:
             points: Parameter name → value (a section choice by its label); what a point leaves out
                 is sampled.
+            again: Whether to try a point that there is a trial of once more.
         """
         known = [f.system_attrs.get("fixed_params", f.params) for f in self._own()]
         for point in points:
-            if dict(point) not in known:
+            if again or dict(point) not in known:
                 self._study.enqueue_trial(dict(point))
                 known.append(dict(point))
 
@@ -211,22 +217,51 @@ class Study:
         import optuna
 
         running = (optuna.trial.TrialState.RUNNING,)
-        found = []
-        for frozen in self._study.get_trials(deepcopy=False, states=running):
-            trial = optuna.trial.Trial(self._study, frozen._trial_id)
-            try:
-                recipe = space.sample(self._suggest(trial))
-            except ConfigError as error:
-                self._refuse(trial, str(error))
-                continue
-            digest = trial_digest(recipe)
-            if frozen.user_attrs.get("recipe_digest", digest) != digest:
-                raise ConfigError(
-                    f"trial {frozen.number} of study {self.folder.name!r} was proposed as another "
-                    "recipe; use the study's own recipe, or give this one another name"
-                )
-            found.append(self._proposed(trial, recipe))
-        return found
+        left = self._study.get_trials(deepcopy=False, states=running)
+        found = [self.take_up(frozen.number, space) for frozen in left]
+        return [asked for asked in found if asked is not None]
+
+    def take_up(self, number: int, space: Sampled) -> Asked | None:
+        """Returns one trial that nobody runs any more; None where its values are impossible now.
+
+        Raises:
+            ConfigError: The space makes another recipe of its values than it did.
+        """
+        frozen, trial = self._frozen(number), self._trial(number)
+        try:
+            recipe = space.sample(self._suggest(trial))
+        except ConfigError as error:
+            self._refuse(trial, str(error))
+            return None
+        digest = trial_digest(recipe)
+        if frozen.user_attrs.get("recipe_digest", digest) != digest:
+            raise ConfigError(
+                f"trial {number} of study {self.folder.name!r} was proposed as another recipe; "
+                "use the study's own recipe, or give this one another name"
+            )
+        return self._proposed(trial, recipe)
+
+    def resume(self, number: int) -> int:
+        """Lets an ended trial go on as a running one with another number, which takes its folder.
+
+        What was told of a trial stays told; the new one has its reports and counts instead of it.
+        """
+        import optuna
+
+        ended = self._frozen(number)
+        facts = {k: v for k, v in ended.user_attrs.items() if k not in ("reason", "infeasible")}
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING,
+                params=ended.params,
+                distributions=ended.distributions,
+                user_attrs=facts | {_CONTINUES: number},
+                intermediate_values=ended.intermediate_values,
+            )
+        )
+        again = self.trials[-1].number
+        self.trial_folder(number).rename(self.trial_folder(again))
+        return again
 
     def report(self, number: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Records a report of a running trial; a step that is known already is left as it is."""
@@ -266,7 +301,7 @@ class Study:
         missing = [o.metric for o in self.section.objectives if o.metric not in metrics]
         if outcome == "complete" and missing:
             outcome, reason = "failed", f"no finite value of {', '.join(missing)} was reported"
-        trial = self._live.pop(number)
+        trial = self._live.pop(number, None) or self._trial(number)
         if reason is not None:
             trial.set_user_attr("reason", reason)
         if outcome == "complete":
@@ -342,6 +377,11 @@ class Study:
     def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
 
+    def _trial(self, number: int) -> optuna.trial.Trial:
+        import optuna
+
+        return optuna.trial.Trial(self._study, self._frozen(number)._trial_id)
+
 
 class _EndlessGridError(ConfigError):
     """A grid was asked of a continuous range."""
@@ -382,6 +422,22 @@ def open_study(
         yield _open(folder, section, facts, kept)
 
 
+@contextmanager
+def edit_study(folder: Path, section: SearchSection) -> Iterator[Study | None]:
+    """Opens a study for a change while nobody drives it; yields None where a process does.
+
+    Raises:
+        ConfigError: There is none, or it cannot be opened.
+    """
+    with ExitStack() as opened:
+        try:
+            kept = opened.enter_context(storage_to_drive(folder, section))
+        except StudyTakenError:
+            yield None
+            return
+        yield _load(folder, section, kept)
+
+
 def read_study(folder: Path, section: SearchSection) -> Study:
     """Opens a study to look at it, while another process may drive it.
 
@@ -391,9 +447,14 @@ def read_study(folder: Path, section: SearchSection) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage, name = storage_to_read(folder, section)
+    return _load(folder, section, storage_to_read(folder, section))
+
+
+def _load(folder: Path, section: SearchSection, kept: Kept) -> Study:
+    import optuna
+
     try:
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=kept.name, storage=kept.storage)
     except KeyError:  # its driver died before it had begun
         raise ConfigError(f"there is no study in {folder} yet; `graft tune` makes one") from None
     return Study(folder, study, section)

@@ -19,7 +19,10 @@ TrialState = Literal["waiting", "running", "paused", "complete", "stopped", "fai
 """`paused`: a budget was spent before its end; a larger one goes on from its checkpoint."""
 Outcome = Literal["complete", "stopped", "failed"]
 
+STOPPED_BY_PERSON = "a person stopped it"
+
 _FAILURE_FILE = "failure.json"
+_LEAVE_FILE = "leave"
 
 
 class Suggest(Protocol):
@@ -66,12 +69,15 @@ class TrialRecord(StrictModel):
     recipe_digest: str | None = None
     rerun_of: int | None = None
     """The searched trial that this one trains again on a fresh seed."""
+    continued_by: int | None = None
+    """Trial that it goes on as, which counts instead of it."""
 
     @property
     def has_ended(self) -> bool:
         """It was run and needs no more work; one that ran out of memory turned out infeasible."""
         was_run = self.state != "infeasible" or self.executor is not None
-        return was_run and self.state != "waiting" and not self.is_unfinished
+        is_last = self.continued_by is None
+        return was_run and is_last and self.state != "waiting" and not self.is_unfinished
 
     @property
     def is_unfinished(self) -> bool:
@@ -82,6 +88,11 @@ class TrialRecord(StrictModel):
     def uses_budget(self) -> bool:
         """It was run, or is going to be."""
         return self.is_unfinished or self.has_ended
+
+    @property
+    def may_go_on(self) -> bool:
+        """It ended against somebody's wish, who may want it back: its checkpoint is kept."""
+        return self.state == "failed" or self.reason == STOPPED_BY_PERSON
 
 
 class Failure(StrictModel):
@@ -151,8 +162,8 @@ class Earlier(NamedTuple):
     metrics: dict[str, float]
 
 
-def record_of(frozen: Any) -> TrialRecord:
-    """Reads a trial of Optuna's, as it is kept."""
+def record_of(frozen: Any, continued_by: int | None = None) -> TrialRecord:
+    """Reads a trial of Optuna's, as it is kept; and which one it goes on as, if one does."""
     facts = frozen.user_attrs
     states: dict[str, TrialState] = {
         "WAITING": "waiting",
@@ -176,6 +187,7 @@ def record_of(frozen: Any) -> TrialRecord:
         reason=facts.get("reason", facts.get("infeasible", paused or None)),
         recipe_digest=facts.get("recipe_digest"),
         rerun_of=facts.get("rerun_of"),
+        continued_by=continued_by,
     )
 
 
@@ -197,6 +209,17 @@ def failure_of(folder: Path) -> Failure | None:
     return Failure.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
-def forget_failure(folder: Path) -> None:
+def forget_end(folder: Path) -> None:
     """Makes way for another attempt."""
-    (folder / _FAILURE_FILE).unlink(missing_ok=True)
+    for left in (_FAILURE_FILE, _LEAVE_FILE):
+        (folder / left).unlink(missing_ok=True)
+
+
+def ask_to_leave(folder: Path) -> None:
+    """Tells a trial's runner to end after the step it is at; it looks there while it waits."""
+    write_atomic(folder / _LEAVE_FILE, "")
+
+
+def is_asked_to_leave(folder: Path) -> bool:
+    """Tells whether a trial is to end after the step it is at."""
+    return (folder / _LEAVE_FILE).exists()

@@ -12,7 +12,13 @@ from typer.testing import CliRunner
 from graft.cli.console import verb
 from graft.cli.options import AsJson
 from graft.cli.progress import BarProgress, LineProgress, format_duration, format_fields
-from graft.core.errors import ConfigError, GateRefusedError, GraftError, TrainingError
+from graft.core.errors import (
+    ConfigError,
+    GateRefusedError,
+    GraftError,
+    StoppedError,
+    TrainingError,
+)
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET
 
@@ -67,6 +73,7 @@ def test_json_is_alone_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
         (GateRefusedError("worse by 0.1"), 3, "refused: worse by 0.1"),
         (RemoteError(ConfigError("far away")), 2, "error: far away"),
         (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh"),
+        (StoppedError("a person stopped it"), 130, "a person stopped it"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -26,9 +26,10 @@ def test_every_error_survives_pickling_with_its_message(cls: type[GraftError]) -
 
 def test_exit_codes_are_the_documented_ones() -> None:
     codes = {cls.__name__: cls.exit_code for cls in all_errors()}
-    assert set(codes.values()) <= {1, 2, 3}
+    assert set(codes.values()) <= {1, 2, 3, 130}
     assert codes["ConfigError"] == codes["DataError"] == codes["AdapterError"] == 2
     assert codes["GateRefusedError"] == 3
+    assert codes["StoppedError"] == 130
     assert codes["TrainingError"] == codes["ServingError"] == 1
 
 
