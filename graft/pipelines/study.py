@@ -11,6 +11,7 @@ from graft.core.errors import ConfigError
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.runtime.requests import StudyAnswer, StudyRequest
+from graft.runtime.samplers import settled_search
 from graft.runtime.trials import TrialRecord
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def show_study(study: str, *, home: Path) -> StudyDetails:
     from graft.runtime.study import read_study
 
     folder, space = _find(study, home)
-    section = space.sections().search
+    section = settled_search(space)
     record = read_study(folder, section)
     complete = record.front()
     return StudyDetails(
@@ -185,7 +186,7 @@ def _ask(study: str, request: StudyRequest, home: Path, progress: Progress) -> S
     from graft.runtime.study import read_study
 
     folder, space = _find(study, home)
-    require_possible(read_study(folder, space.sections().search), space, request)
+    require_possible(read_study(folder, settled_search(space)), space, request)
     answer = _do_now(folder, space, request)
     if answer is None:
         path = leave_request(folder, request)
@@ -212,7 +213,7 @@ def _do_now(folder: Path, space: RecipeSpace, request: StudyRequest) -> StudyAns
     from graft.runtime.control import apply
     from graft.runtime.study import edit_study
 
-    with edit_study(folder, space.sections().search) as record:
+    with edit_study(folder, settled_search(space)) as record:
         return None if record is None else apply(record, space, request)
 
 

@@ -20,7 +20,7 @@ from graft.core.progress import QUIET, Progress
 from graft.runtime.memory import KILLED
 from graft.runtime.pack_actor import start_pack
 from graft.runtime.placement import PackPlace, pack_places
-from graft.runtime.searcher import Seats
+from graft.runtime.seats import Seats
 from graft.runtime.trials import Loss
 
 if TYPE_CHECKING:

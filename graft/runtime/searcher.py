@@ -24,6 +24,7 @@ from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE, read_reports
 from graft.recipe.sections import Recipe
 from graft.runtime.budget import Budget
 from graft.runtime.scheduler import STEP, TOKENS
+from graft.runtime.seats import Seats
 from graft.runtime.study import Study
 from graft.runtime.trials import (
     STOPPED_BY_PERSON,
@@ -292,26 +293,6 @@ class TrialQueue:
         asked = self.study.ask(self._space)
         self._is_exhausted = asked is None
         return asked
-
-
-class Seats:
-    """Where the trials of an executor run; here, each by itself."""
-
-    def has_seat(self) -> bool:
-        """Tells whether another trial may begin now."""
-        return True
-
-    def take(self, number: int) -> dict[str, Any]:
-        """Seats a trial; returns what its process is told of that. Only where there is a seat."""
-        return {}
-
-    def loss_of(self, number: int) -> Loss | None:
-        """Says why what a trial ran in is lost; None where it is not, or not known to be."""
-        return None
-
-    def goes_on_without(self, number: int) -> bool:
-        """Gives up what a trial ran in; tells whether its trials find seats elsewhere."""
-        return False
 
 
 class StudySearcher(Searcher):

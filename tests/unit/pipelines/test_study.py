@@ -28,7 +28,7 @@ CONTENT: dict[str, Any] = {
     "name": "tiny",
     "model": {"source": "x/y"},
     "data": {"train": "t.jsonl", "eval": "e.jsonl"},
-    "method": {"type": "lora", "r": {"choice": [2, 4, 8]}},
+    "method": {"type": "lora", "r": {"choice": [2, 4, 8, 12]}},
     "train": {"steps": 12, "report_every": 4},
     "search": {"trials": 3},
 }
@@ -88,7 +88,7 @@ def test_without_a_driver_it_is_done_at_once(space: RecipeSpace, tmp_path: Path)
         verbs.stop("tiny", home=tmp_path)
     with pytest.raises(ConfigError, match="expected PATH=VALUE"):
         verbs.clone("tiny", 0, ["method.r"], home=tmp_path)
-    with pytest.raises(ConfigError, match=r"16 is not in choice \[2, 4, 8\]"):
+    with pytest.raises(ConfigError, match=r"16 is not in choice \[2, 4, 8, 12\]"):
         verbs.clone("tiny", 0, ["method.r=16"], home=tmp_path)
 
 

@@ -24,7 +24,8 @@ from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.pack import Pack
 from graft.runtime.search import num_concurrent, num_ended, take_turns
-from graft.runtime.searcher import Executor, Seats, StudySearcher, TrialQueue, executor_of
+from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, executor_of
+from graft.runtime.seats import Seats
 from graft.runtime.study import Study, open_study
 from graft.runtime.trials import Loss, StudyFacts, fail_trial, failure_of
 
