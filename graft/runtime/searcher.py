@@ -467,10 +467,16 @@ class StudySearcher(Searcher):
 
 
 def drop_needless_checkpoints(study: Study) -> None:
-    """Removes the state of trials that nobody goes on from: ended as they should, not the best."""
-    kept = {trial.number for trial in study.front()}
+    """Removes the state of trials that nobody goes on from: ended as they should, not the best.
+
+    Of several that are equally good the first one keeps its state.
+    """
+    searched = [objective.metric for objective in study.section.objectives]
+    kept: dict[tuple[float, ...], int] = {}
+    for trial in study.front():
+        kept.setdefault(tuple(trial.metrics[name] for name in searched), trial.number)
     for trial in study.trials:
-        if trial.has_ended and trial.number not in kept and not trial.may_go_on:
+        if trial.has_ended and trial.number not in kept.values() and not trial.may_go_on:
             shutil.rmtree(study.trial_folder(trial.number) / CHECKPOINTS, ignore_errors=True)
 
 

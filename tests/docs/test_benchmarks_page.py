@@ -36,3 +36,11 @@ def test_objectives_are_faster_and_smaller_than_trl_and_ppo_keeps_one_base() -> 
         assert figures[f"{objective}_speed_vs_trl"] >= 1.5
         assert figures[f"{objective}_memory_vs_trl"] < 1
     assert figures["ppo_memory_vs_sft"] <= 1.25
+
+
+def test_memory_is_predicted_within_its_bounds() -> None:
+    figures = published()["memory"]["figures"]
+    assert figures["combinations"] >= 30
+    assert figures["activations_at_least_half"] >= 15
+    assert figures["median_error"] <= 0.10
+    assert figures["worst_underprediction"] <= 0.15

@@ -12,6 +12,7 @@ from graft.core.events import read_events
 from graft.core.spaces import Choice, Int, Space
 from graft.engine.memory.cap import Limits, MemoryCap
 from graft.engine.memory.shape import ModelShape
+from graft.engine.memory.standing import size_of
 from graft.models import find_config
 from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe
@@ -83,5 +84,6 @@ def test_no_trial_is_launched_that_does_not_fit(data_folder: Path, tmp_path: Pat
     events = read_events(Path(result.folder) / "events.jsonl")
     started = {event["trial"] for event in events if event["event"] == "start"}
     assert started == {trial.number for trial in result.trials}
-    adapters = size(home / "artifacts")
+    shape = ModelShape.of(find_config(space.example().model, home))
+    adapters = sum(4 * size_of(space.fix(trial.params), shape).trained for trial in result.trials)
     assert size(home) <= 1.1 * (size(base) + adapters)

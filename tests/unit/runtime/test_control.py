@@ -91,6 +91,24 @@ def do(study: Study, space: RecipeSpace, action: Any, trial: int | None, **value
     return apply(study, space, StudyRequest(action=action, trial=trial, values=named))
 
 
+def test_of_equally_good_trials_the_first_keeps_its_checkpoint(
+    study: Study, space: RecipeSpace
+) -> None:
+    numbers = []
+    for _ in range(3):
+        asked = study.ask(space)
+        assert asked is not None
+        study.note(asked.number, executor="packed")
+        study.report(asked.number, 4, {"eval/loss": 0.5})
+        (study.trial_folder(asked.number) / CHECKPOINTS / "step-00000004").mkdir(parents=True)
+        study.tell(asked.number, "complete")
+        drop_needless_checkpoints(study)
+        numbers.append(asked.number)
+    kept = [n for n in numbers if (study.trial_folder(n) / CHECKPOINTS).exists()]
+    assert kept == numbers[:1]
+    assert study.best().number == numbers[0]
+
+
 def test_requests_are_found_in_the_order_of_asking(tmp_path: Path) -> None:
     wishes = [StudyRequest(action="stop", trial=n) for n in range(3)]
     paths = [leave_request(tmp_path, wish) for wish in wishes]
