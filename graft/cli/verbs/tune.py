@@ -21,32 +21,11 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
     if isinstance(record, TunePlan):
         _show_plan(record, console)
         return
-    from rich.table import Table
+    from graft.cli.tables import trial_table
 
-    from graft.recipe.costs import unit_of
-    from graft.report.words import metric_words
-
-    names = list(dict.fromkeys(name for trial in record.trials for name in trial.params))
-    metrics = list(dict.fromkeys(["train/loss", *record.searched]))
-    table = Table(title=f"study {record.study}", box=None, header_style="bold")
-    for heading in ("trial", "state", "steps", "tokens", *names, *metrics, "seconds"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for trial in record.trials:
-        is_best = trial.number == record.best.number
-        table.add_row(
-            f"{'*' if is_best else ''}{trial.number}",
-            trial.state,
-            str(trial.steps),
-            f"{trial.tokens:,}",
-            *(_cell(trial.params.get(name)) for name in names),
-            *(
-                metric_words(trial.metrics[name], unit_of(name)) if name in trial.metrics else ""
-                for name in metrics
-            ),
-            f"{trial.seconds:.1f}",
-            style="bold" if is_best else None,
-        )
-    console.print(table)
+    metrics = ["train/loss", *record.searched]
+    title = f"study {record.study}"
+    console.print(trial_table(title, record.trials, metrics, record.best.number))
     paused = sum(trial.state == "paused" for trial in record.trials)
     console.print(
         f"ended by {record.ended_by}: {record.spending.words}"
@@ -64,6 +43,7 @@ def show(record: TuneResult | TunePlan, console: Console) -> None:
 def _show_finals(finals: Finals, console: Console) -> None:
     from rich.table import Table
 
+    from graft.cli.tables import cell
     from graft.report.finals import interval_text, rerun_text
 
     table = Table(title="finalists on fresh seeds", box=None, header_style="bold")
@@ -75,7 +55,7 @@ def _show_finals(finals: Finals, console: Console) -> None:
         published = finals.published_seed if place == 0 else None
         table.add_row(
             f"{'' if place else '*'}{finalist.number}",
-            _cell(finalist.mean),
+            cell(finalist.mean),
             interval_text(finalist),
             *(rerun_text(rerun, published) for rerun in finalist.reruns),
             style=None if place else "bold",
@@ -91,12 +71,6 @@ def _show_plan(plan: TunePlan, console: Console) -> None:
         console.print(f"then the best are trained again, {plan.num_reruns} times in all")
     for name, words in plan.holes.items():
         console.print(f"  {name}: {words}")
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @verb(show)

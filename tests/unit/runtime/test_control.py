@@ -29,11 +29,9 @@ from graft.runtime.requests import (
 )
 from graft.runtime.searcher import StudySearcher, TrialQueue, drop_needless_checkpoints
 from graft.runtime.study import Study, edit_study, open_study
-from graft.runtime.trial_table import MAX_ROWS, table_of
 from graft.runtime.trials import (
     STOPPED_BY_PERSON,
     StudyFacts,
-    TrialRecord,
     is_asked_to_leave,
 )
 
@@ -354,21 +352,3 @@ def test_what_was_asked_of_an_earlier_driver_is_done_but_not_its_end(
         assert [a.is_refused for a in answers if a is not None] == [False, True]
         assert study.trial(0).state == "stopped"
     assert open_requests(folder) == []
-
-
-def test_the_table_keeps_the_running_the_best_and_the_latest() -> None:
-    def record(number: int, state: Any, **fields: Any) -> TrialRecord:
-        return TrialRecord(number=number, state=state, executor="packed", params=POINT, **fields)
-
-    trials = [record(0, "complete", metrics={"eval/loss": 0.25, "train/tokens_per_s": 1234.5})]
-    trials += [record(n, "stopped") for n in range(1, 40)]
-    trials += [
-        record(40, "running"),
-        record(41, "infeasible").model_copy(update={"executor": None}),
-    ]
-    headings, rows, marked = table_of(trials, ["eval/loss"], 0)
-    assert headings == ["trial", "state", "steps", "method", "r", "lr", "eval/loss", "tokens/s"]
-    assert len(rows) == MAX_ROWS
-    assert marked == 0
-    assert rows[0] == ["*0", "complete", "0", "lora", "4", "0.001", "0.25", "1234"]
-    assert [row[0] for row in rows[1:]] == [str(n) for n in (*range(22, 40), 40)]
