@@ -99,7 +99,8 @@ class MemoryCap:
         if self.need([recipe]) > limit:
             given = recipe.scale.device_memory
             have = "scale.device_memory" if given is not None else "what a worker has"
-            return f"it needs {found.in_words()}{corrected}; {have} is {format_bytes(limit)}"
+            words = f"it needs {found.in_words()}{corrected}; {have} is {format_bytes(limit)}"
+            return words + _reference_words(found)
         host = self._limits.host_bytes
         if host is not None and found.host_bytes * self._neighbours(recipe) > host:
             return (
@@ -177,3 +178,14 @@ class MemoryCap:
     def _neighbours(self, recipe: Recipe) -> int:
         """Workers of a run on one node."""
         return min(recipe.scale.max_workers, self._limits.node_workers or recipe.scale.max_workers)
+
+
+def _reference_words(found: MemoryEstimate) -> str:
+    """Says what a reference costs that is a copy, and what does without."""
+    size = sum(part.size_bytes for part in found.parts if part.name == "reference")
+    if not size:
+        return ""
+    return (
+        f". {format_bytes(size)} of it are the reference of the objective: an adapter on the base "
+        "as it is needs no copy, and orpo no reference"
+    )

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from graft.core.errors import ConfigError
+from graft.core.sizes import format_bytes
 from graft.engine.memory import ModelShape
 from graft.engine.memory.cap import Limits, MemoryCap
 from graft.engine.memory.exhausted import exhausted_bytes
@@ -121,3 +123,17 @@ def test_lanes_are_counted_by_the_threads_of_the_process_that_trains() -> None:
     pinned = recipe_of(train={"batch_size": 16}, scale={"threads": 2})
     assert cap_of(Limits("cpu", ROOM, threads=4)).predict(pinned).device_bytes == found[2]
     assert cap_of(Limits("cpu", ROOM)).predict(pinned).device_bytes == found[2]
+
+
+def test_a_refusal_says_what_the_copy_of_a_reference_costs_and_what_needs_none() -> None:
+    pairs = {"type": "dpo"}
+    whole = recipe_of(method={"type": "full"}, objective=pairs)
+    small = Limits("cpu", 1_000_000)
+    shape = ModelShape.of(tiny_model().config)
+    copied = format_bytes(sum(shape.weight_bytes(whole.model)))
+    words = (
+        f"{copied} of it are the reference of the objective: an adapter .* and orpo no reference"
+    )
+    with pytest.raises(ConfigError, match=words):
+        cap_of(small).require(whole)
+    assert "reference" not in str(cap_of(small).refusal(recipe_of(objective=pairs)))
