@@ -170,6 +170,7 @@ def main() -> None:
             # DeepSpeed leaves the few numbers of a vector whole.
             if parameter.dim() == 2 and 1 not in parameter.shape:
                 assert parameter.numel() == 0, f"{name} is whole under ZeRO-3"
+    torch.distributed.barrier()  # gloo aborts a process whose neighbour is gone already
     torch.distributed.destroy_process_group()
 
 
