@@ -25,10 +25,10 @@ def kill_first_proxy(killed: threading.Event) -> None:
     while time.monotonic() < deadline:
         for actor in list_named_actors(all_namespaces=True):
             if actor["name"].startswith(PROXY):
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError):  # it has a name before it can be found
                     ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
                     killed.set()
-                return
+                    return
         time.sleep(0.02)
 
 
