@@ -179,23 +179,8 @@ def train_run(
     trainer = Trainer(run.model, backend, run.template, run.judges)
     keeper = _Keeper(run, trainer, folder)
     past = keeper.find()
-    tensors = starting_tensors(run, home, is_resumed=past is not None)
+    join_run(trainer, SLOT, run, home, past)
     keeper.open(past)
-    try:
-        trainer.join(
-            SLOT,
-            run.recipe,
-            run.prepared.train,
-            tensors=tensors,
-            state=past.state if past else None,
-        )
-    except AdapterError as error:
-        if tensors is None:
-            raise
-        raise AdapterError(
-            f"train.init_from {run.recipe.train.init_from!r} has other shapes than the recipe's "
-            f"method: {error}; give method the settings that it was trained with"
-        ) from error
     window = list(past.window) if past else []
     report: Report = past.report if past else {"steps": 0, "seconds": 0.0, "tokens": 0}
     seconds, tokens = report["seconds"], report["tokens"]
@@ -220,6 +205,25 @@ def train_run(
             keeper.keep_between_reports(report | reached, window)
             return False
     return True
+
+
+def join_run(trainer: Trainer, slot: str, run: LoadedRun, home: Path, past: Resumed | None) -> None:
+    """Gives a run its slot, where it left off or at its start.
+
+    Raises:
+        AdapterError: `train.init_from` is of other shapes than the recipe's method.
+    """
+    tensors = starting_tensors(run, home, is_resumed=past is not None)
+    state = past.state if past else None
+    try:
+        trainer.join(slot, run.recipe, run.prepared.train, tensors=tensors, state=state)
+    except AdapterError as error:
+        if tensors is None:
+            raise
+        raise AdapterError(
+            f"train.init_from {run.recipe.train.init_from!r} has other shapes than the recipe's "
+            f"method: {error}; give method the settings that it was trained with"
+        ) from error
 
 
 class _Keeper:

@@ -93,6 +93,12 @@ def report(
     )
 
 
+def known_studies(home: Path) -> str:
+    """Lists the studies of a home, for people who named another one."""
+    names = sorted(path.parent.name for path in (home / "studies").glob("*/recipe.yaml"))
+    return ", ".join(names) or "none yet"
+
+
 def study_name(study: str) -> str:
     """Returns the name of a study from that name, or from the path of its recipe.
 
@@ -122,12 +128,10 @@ def gather(
 
     folder = home / "studies" / name
     if not (folder / "recipe.yaml").is_file():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/recipe.yaml"))
         told = home / "runs" / name / "report.jsonl"
         trained = f". What `graft train` told of {name!r} is in {told}" if told.is_file() else ""
         raise ConfigError(
-            f"there is no study {name!r} in {home}; known: {', '.join(known) or 'none yet'}"
-            f"{trained}"
+            f"there is no study {name!r} in {home}; known: {known_studies(home)}{trained}"
         )
     space = load_recipe(folder / "recipe.yaml")
     sections = space.sections()

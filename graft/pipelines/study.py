@@ -232,16 +232,13 @@ def _await_answer(folder: Path, path: Path) -> StudyAnswer | None:
 
 
 def _find(study: str, home: Path) -> tuple[Path, RecipeSpace]:
-    from graft.pipelines.report import study_name
+    from graft.pipelines.report import known_studies, study_name
     from graft.recipe.load import load_recipe
 
     name = study_name(study)
     folder = home / "studies" / name
     if not (folder / "recipe.yaml").is_file():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/recipe.yaml"))
-        raise ConfigError(
-            f"there is no study {name!r} in {home}; known: {', '.join(known) or 'none yet'}"
-        )
+        raise ConfigError(f"there is no study {name!r} in {home}; known: {known_studies(home)}")
     return folder, load_recipe(folder / "recipe.yaml")
 
 
@@ -257,5 +254,5 @@ def _line(found: StudyDetails) -> StudyLine:
         num_running=sum(trial.state == "running" for trial in found.trials),
         trials=found.budget,
         metric=found.searched[0],
-        best=None if found.best is None else found.trials[found.best],
+        best=next((trial for trial in found.trials if trial.number == found.best), None),
     )

@@ -27,6 +27,7 @@ from graft.runtime.trials import ask_to_leave
 if TYPE_CHECKING:
     from graft.core.progress import Progress
     from graft.recipe.space import RecipeSpace
+    from graft.runtime.budget import Budget
     from graft.runtime.searcher import StudySearcher, TrialQueue
     from graft.runtime.study import Study
 
@@ -39,15 +40,22 @@ class Attendant:
     Args:
         study: Opened to be driven.
         space: What is searched.
+        budget: Of the study; told which trial goes on as which.
         say: Appends to the study's events.
         progress: Told what was done.
     """
 
     def __init__(
-        self, study: Study, space: RecipeSpace, say: Callable[..., object], progress: Progress
+        self,
+        study: Study,
+        space: RecipeSpace,
+        budget: Budget,
+        say: Callable[..., object],
+        progress: Progress,
     ) -> None:
         self._study = study
         self._space = space
+        self._budget = budget
         self._say = say
         self._progress = progress
         self._looked = 0.0
@@ -63,7 +71,7 @@ class Attendant:
             ends_search = request is not None and request.trial is None
             if ends_search and asked_s(path) >= began_s:
                 continue
-            self._answer(path, request, partial(apply, self._study, self._space))
+            self._answer(path, request, self._apply)
 
     def look(self, controller: Any, queue: TrialQueue, searcher: StudySearcher) -> None:
         """Does what has been asked since the last look.
@@ -90,10 +98,16 @@ class Attendant:
             elif request is not None and request.trial is None:
                 self._end(path, request, list(at_work))
             else:
-                self._answer(path, request, partial(self._apply, queue))
+                self._answer(path, request, partial(self._apply_in_line, queue))
 
-    def _apply(self, queue: TrialQueue, request: StudyRequest) -> StudyAnswer:
+    def _apply(self, request: StudyRequest) -> StudyAnswer:
         answer = apply(self._study, self._space, request)
+        if request.action == "resume" and request.trial is not None and answer.trial is not None:
+            self._budget.move(request.trial, answer.trial)
+        return answer
+
+    def _apply_in_line(self, queue: TrialQueue, request: StudyRequest) -> StudyAnswer:
+        answer = self._apply(request)
         if request.action == "stop" and request.trial is not None:
             queue.withdraw(request.trial)
         if request.action == "resume" and answer.trial is not None:

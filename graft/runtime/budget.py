@@ -60,7 +60,9 @@ class Budget:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._tokens = {trial.number: trial.tokens for trial in study.trials}
+        self._tokens = {
+            trial.number: trial.tokens for trial in study.trials if trial.continued_by is None
+        }
         self._earlier_s = study.seconds
         self._began_s = self._kept_s = time.monotonic()
 
@@ -69,6 +71,10 @@ class Budget:
         self._tokens[number] = tokens
         if time.monotonic() - self._kept_s > _KEEP_EVERY_S:
             self.keep()
+
+    def move(self, ended: int, again: int) -> None:
+        """Takes in that an ended trial goes on under another number, with the tokens it has."""
+        self._tokens[again] = self._tokens.pop(ended, 0)
 
     def keep(self) -> None:
         """Keeps the hours in the study."""

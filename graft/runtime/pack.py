@@ -21,11 +21,11 @@ from graft.engine.memory.exhausted import exhausted_bytes
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.run import (
     LoadedRun,
+    join_run,
     measure,
     report_on,
     require_finite,
     run_facts,
-    starting_tensors,
 )
 from graft.engine.run_folder import (
     RECIPE_FILE,
@@ -265,13 +265,7 @@ class Pack:
                 seat.report, seat.state = past.report, "done"
                 self._changed.notify_all()
             return
-        self._trainer.join(
-            str(seat.number),
-            recipe,
-            seat.run.prepared.train,
-            tensors=starting_tensors(seat.run, self._home, is_resumed=past is not None),
-            state=past.state if past else None,
-        )
+        join_run(self._trainer, str(seat.number), seat.run, self._home, past)
         with self._changed:
             seat.state = "training"
             # A resumed trial has been told to go on from here before.

@@ -82,7 +82,7 @@ class Search:
         self._section = study.section
         self._stage = stage
         self._watch = TrialWatch(study, progress, stage)
-        self._attendant = Attendant(study, space, self._watch.say, progress)
+        self._attendant = Attendant(study, space, budget, self._watch.say, progress)
         track = space.sections().track
         self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track, progress)]
 

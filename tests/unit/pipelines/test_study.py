@@ -16,10 +16,11 @@ from graft.pipelines import study as verbs
 from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.space import RecipeSpace
 from graft.runtime.attended import Attendant
+from graft.runtime.budget import Budget
 from graft.runtime.requests import EVENTS_FILE, open_requests
 from graft.runtime.searcher import StudySearcher, TrialQueue
 from graft.runtime.study import open_study
-from graft.runtime.trials import StudyFacts
+from graft.runtime.trials import Earlier, StudyFacts
 
 FACTS = StudyFacts(
     space="space", model="model", data="data", objectives=("eval/loss min",), eval_rows=64
@@ -75,6 +76,27 @@ def test_studies_are_listed_and_shown(space: RecipeSpace, tmp_path: Path) -> Non
         verbs.show_study("other", home=tmp_path)
 
 
+def test_trials_of_a_study_with_history_are_known_by_their_numbers(
+    space: RecipeSpace, tmp_path: Path
+) -> None:
+    content = {**CONTENT, "name": "later"}
+    folder = tmp_path / "studies" / "later"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(to_yaml(content))
+    later = load_recipe(folder / "recipe.yaml")
+    with open_study(folder, later.sections().search, FACTS) as study:
+        study.take("tiny", later, (), [Earlier("tiny/0", {"method/r": 2}, {"eval/loss": 0.1})])
+        asked = study.ask(later)
+        assert asked is not None
+        assert asked.number == 1
+        study.note(asked.number, executor="packed")
+        study.report(asked.number, 12, {"eval/loss": 0.4})
+        study.tell(asked.number, "complete")
+    (line,) = (s for s in verbs.list_studies(home=tmp_path).studies if s.name == "later")
+    assert line.best is not None
+    assert (line.best.number, line.best.metrics["eval/loss"]) == (1, 0.4)
+
+
 def test_without_a_driver_it_is_done_at_once(space: RecipeSpace, tmp_path: Path) -> None:
     stopped = verbs.stop("tiny", 1, home=tmp_path)
     assert stopped.is_done
@@ -98,7 +120,8 @@ def test_a_driver_does_it_and_the_words_come_back(space: RecipeSpace, tmp_path: 
 
     def drive() -> None:
         with open_study(folder, space.sections().search, FACTS) as study:
-            attendant = Attendant(study, space, EventLog(folder / EVENTS_FILE).append, QUIET)
+            say = EventLog(folder / EVENTS_FILE).append
+            attendant = Attendant(study, space, Budget(study), say, QUIET)
             queue = TrialQueue(study, space, turn=4)
             is_up.set()
             while not ends.is_set():

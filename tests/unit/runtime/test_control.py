@@ -12,11 +12,13 @@ from ray.tune.experiment import Trial
 
 from graft.core.errors import ConfigError, StoppedError
 from graft.core.events import EventLog
+from graft.core.files import write_json
 from graft.core.progress import QUIET
 from graft.engine.run_folder import CHECKPOINTS
 from graft.recipe.space import RecipeSpace
 from graft.recipe.tree import Tree
 from graft.runtime.attended import Attendant
+from graft.runtime.budget import Budget
 from graft.runtime.control import apply
 from graft.runtime.requests import (
     EVENTS_FILE,
@@ -28,6 +30,7 @@ from graft.runtime.requests import (
     withdraw_request,
 )
 from graft.runtime.searcher import StudySearcher, TrialQueue, drop_needless_checkpoints
+from graft.runtime.storage import DRIVER
 from graft.runtime.study import Study, edit_study, open_study
 from graft.runtime.trials import (
     STOPPED_BY_PERSON,
@@ -270,7 +273,8 @@ class TuneTrials:
 
 def attended(study: Study, space: RecipeSpace) -> tuple[Any, TuneTrials, TrialQueue]:
     say = EventLog(study.folder / EVENTS_FILE).append
-    attendant = Attendant(study, space, say, QUIET)
+    budget = Budget(study)
+    attendant = Attendant(study, space, budget, say, QUIET)
     queue = TrialQueue(study, space, turn=4)
     searcher = StudySearcher(queue, "packed")
     tune = TuneTrials(searcher)
@@ -318,6 +322,25 @@ def test_the_driver_stops_resumes_and_clones_as_asked(study: Study, space: Recip
     assert tune.start("d").config["params"] == {**POINT, "train/lr": 2e-3}
 
 
+def test_the_tokens_of_a_trial_that_goes_on_are_counted_once(
+    study: Study, space: RecipeSpace
+) -> None:
+    asked = study.ask(space)
+    assert asked is not None
+    study.note(asked.number, executor="packed", tokens=700)
+    study.report(asked.number, 4, {"eval/loss": 1.0})
+    (study.trial_folder(asked.number) / CHECKPOINTS / "step-00000004").mkdir(parents=True)
+    study.tell(asked.number, "stopped", reason=STOPPED_BY_PERSON)
+    budget = Budget(study)
+    leave_request(study.folder, StudyRequest(action="resume", trial=asked.number))
+    write_json(study.folder / DRIVER, {})
+    say = EventLog(study.folder / EVENTS_FILE).append
+    Attendant(study, space, budget, say, QUIET).begin()
+    assert study.trial(0).continued_by == 1
+    assert budget.spending.tokens == 700  # as this driver counts, who let it go on
+    assert Budget(study).spending.tokens == 700  # and as the next one does
+
+
 def test_a_trial_in_line_is_stopped_before_it_is_run(study: Study, space: RecipeSpace) -> None:
     run_trial(study, space, None)
     look, tune, _ = attended(study, space)
@@ -347,7 +370,8 @@ def test_what_was_asked_of_an_earlier_driver_is_done_but_not_its_end(
         run_trial(study, space, None)
     asked = [leave_request(folder, StudyRequest(action="stop", trial=n)) for n in (0, None)]
     with open_study(folder, section, FACTS) as study:
-        Attendant(study, space, EventLog(folder / EVENTS_FILE).append, QUIET).begin()
+        say = EventLog(folder / EVENTS_FILE).append
+        Attendant(study, space, Budget(study), say, QUIET).begin()
         answers = [answer_of(folder, path) for path in asked]
         assert [a.is_refused for a in answers if a is not None] == [False, True]
         assert study.trial(0).state == "stopped"
