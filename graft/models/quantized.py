@@ -93,7 +93,11 @@ def quantization_config(section: QuantizationSection, dtype: torch.dtype) -> Any
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Makes quantized layers compute with their stored weights, each row for itself."""
+    """Makes quantized layers compute with their stored weights, each row for itself.
+
+    On a CPU what is not packed is a view of the files, whose mapping would stay as long as it does:
+    twice the memory that packing saves. So it is copied out of them.
+    """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     from graft.models._int8 import Int8Linear
@@ -103,6 +107,9 @@ def prepare_layers(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, Linear8bitLt):
             model.set_submodule(name, Int8Linear(layer))
+    for plain in (*model.parameters(), *model.buffers()):
+        if plain.device.type == "cpu" and plain.is_floating_point():
+            plain.data = plain.data.clone()
 
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:

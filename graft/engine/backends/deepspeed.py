@@ -16,6 +16,7 @@ from torch import nn
 
 from graft.core.errors import TrainingError
 from graft.engine.backends.base import OptimizerState
+from graft.engine.backends.buckets import max_live, prefetch_bucket, reduce_bucket
 from graft.engine.backends.nvme import swap_folder
 from graft.engine.backends.ops import import_deepspeed, load_ops, ops_of
 from graft.engine.backends.optimizers import make_optimizer, read_moments, write_moments
@@ -159,18 +160,36 @@ class DeepSpeedBackend:
         }
         if self._scale.offload.optimizer == "none":
             optimizer["torch_adam"] = True
-        zero: dict[str, Any] = {"stage": self._scale.zero_stage, **self._offload()}
-        if self._scale.zero_stage == 3:
-            threshold = self._persistence_threshold
-            if threshold is None:
-                num_weights = sum(p.numel() for p in self._model.base.parameters())
-                # DeepSpeed's own 100,000 would leave every weight of a small base whole.
-                threshold = min(100_000, num_weights // 1000)
-            zero["stage3_param_persistence_threshold"] = threshold
+        bucket = reduce_bucket(sum(p.numel() for p in self._parameters.values()))
+        zero: dict[str, Any] = {
+            "stage": self._scale.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            **self._gathering(),
+            **self._offload(),
+        }
         return config | {
             "gradient_clipping": settings.max_grad_norm,
             "optimizer": {"type": "AdamW", "params": optimizer},
             "zero_optimization": zero,
+        }
+
+    def _gathering(self) -> dict[str, Any]:
+        """What stage 3 leaves whole, holds and fetches ahead."""
+        if self._scale.zero_stage < 3:
+            return {}
+        # A base that is partitioned already tells its whole size as `ds_numel`.
+        weights = self._model.base.parameters()
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in weights)
+        threshold = self._persistence_threshold
+        if threshold is None:
+            # DeepSpeed's own 100,000 would leave every weight of a small base whole.
+            threshold = min(100_000, num_weights // 1000)
+        return {
+            "stage3_param_persistence_threshold": threshold,
+            "stage3_max_live_parameters": max_live(num_weights),
+            "stage3_max_reuse_distance": max_live(num_weights),
+            "stage3_prefetch_bucket_size": prefetch_bucket(num_weights),
         }
 
     def _offload(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ With n trained numbers and W workers, in bytes of one worker, fp32 training with
     moments           8 n      8 n / W    8 n / W    8 n / W
 
 DeepSpeed's stages 1 and 2 keep a second copy of a worker's own weights, `4 n / W`, and all stages
-from 1 on a buffer of 500 million numbers in which gradients are reduced. Stage 3 divides the frozen
-base too and gathers layers as they are used: up to a billion numbers at a time.
+from 1 on a buffer in which gradients are reduced. Stage 3 divides the frozen base too and gathers
+layers as they are used, so many at a time (`graft.engine.backends.buckets`).
 
 Reference:
     ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv 1910.02054, figure
@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 from graft.core.errors import ConfigError
 from graft.core.model import StrictModel
+from graft.engine.backends.buckets import max_live, reduce_bucket
 from graft.engine.memory.peft_size import STAND_IN, peft_size
 from graft.engine.memory.shape import ModelShape
 from graft.engine.memory.stand_ins import DeviceType
@@ -34,14 +35,12 @@ from graft.methods.peft import PeftMethod
 from graft.methods.virtual import VirtualMethod
 from graft.methods.whole import WholeMethod
 from graft.models import torch_dtype
-from graft.models.section import ModelSection
 from graft.recipe.sections import Recipe
 
 Place = Literal["device", "host", "nvme"]
 
-_REDUCE_BUCKET = 500_000_000
-_MAX_LIVE = 1_000_000_000
-"""Numbers that stage 3 keeps gathered for their next use."""
+_REDUCED_WHOLE = 500_000_000
+"""Numbers that workers reduce at once where ZeRO divides nothing."""
 _SUB_GROUP = 1_000_000_000
 _OPTIMIZER_BUFFERS = 4
 _PARAM_BUFFERS, _LAYER_BUFFERS = 5, 24
@@ -143,10 +142,8 @@ def standing_parts(
     found.add("quantization constants", "device", 0 if is_whole else base.constants)
     if not is_whole:
         found.add("adapter", "device", own / share)
-    if device == "cpu":
-        found.add("mapped files", "device", _packed_in_files(recipe, shape))
-        if recipe.model.dtype == "bf16":
-            found.add("compiled kernels", "device", _KERNELS)
+    if device == "cpu" and recipe.model.dtype == "bf16":
+        found.add("compiled kernels", "device", _KERNELS)
     if recipe.needs_reference:
         kept_adapter = own if recipe.train.init_from is not None else 0
         copied = sum(base) if isinstance(recipe.method, WholeMethod) else 0
@@ -157,9 +154,9 @@ def standing_parts(
     else:
         _add_moments(found, recipe, slots * size.trained)
         if scale.max_workers > 1:
-            found.add("ZeRO buffers", "device", each * min(size.trained, _REDUCE_BUCKET))
+            found.add("ZeRO buffers", "device", each * min(size.trained, _REDUCED_WHOLE))
     if scale.zero_stage == 3:
-        gathered = weights * min(1.0, _MAX_LIVE / shape.num_parameters)
+        gathered = weights * min(1.0, max_live(shape.num_parameters) / shape.num_parameters)
         found.add("gathered weights", "device", gathered * (1 - 1 / share if share > 1 else 0))
         if offloaded != "device":
             found.add("gathered weights", "device", gathered / share)
@@ -194,7 +191,8 @@ def _add_zero(
         count = _LAYER_BUFFERS if scale.gradient_checkpointing else _PARAM_BUFFERS
         found.add("ZeRO buffers", "host", count * largest_bytes / scale.min_workers)
     # A CPU gives a page when it is first written to, so only what is used of a buffer counts.
-    bucket = _REDUCE_BUCKET if device == "cuda" else min(size.trained, _REDUCE_BUCKET)
+    bucket = reduce_bucket(size.trained)
+    bucket = bucket if device == "cuda" else min(size.trained, bucket)
     found.add("ZeRO buffers", "device", 4 * bucket)
 
 
@@ -240,25 +238,13 @@ def loading_parts(recipe: Recipe, shape: ModelShape, device: DeviceType) -> list
     found.add("weights", "device", base.weights)
     found.add("quantization constants", "device", base.constants)
     is_own = device == "cpu" and _is_as_in_files(recipe, shape)
-    mapped = _packed_in_files(recipe, shape) if is_own else shape.file_bytes
-    found.add("mapped files", "host", mapped)
+    is_own = is_own and recipe.model.quantization.type == "none"
+    found.add("mapped files", "host", 0 if is_own else shape.file_bytes)
     return found.parts
 
 
 def _is_as_in_files(recipe: Recipe, shape: ModelShape) -> bool:
     return (shape.config.dtype or torch_dtype(recipe.model)) == torch_dtype(recipe.model)
-
-
-def _packed_in_files(recipe: Recipe, shape: ModelShape) -> int:
-    """Bytes of files whose weights were packed, mapped for as long as others of the file are used.
-
-    Embeddings and norms of a quantized base on a CPU are pages of its files, and they hold on to
-    the whole mapping.
-    """
-    if recipe.model.quantization.type == "none" or not _is_as_in_files(recipe, shape):
-        return 0
-    plain = ModelSection(source="", dtype=recipe.model.dtype)
-    return shape.weight_bytes(plain).weights - shape.unpacked_bytes(recipe.model)
 
 
 def process_parts(device: DeviceType) -> list[MemoryPart]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ def test_a_quantized_base_stays_near_the_whole_one(
         theirs = model(input_ids=ids).logits.float()
         ours = load_model(ready, whole)(input_ids=ids).logits
     assert ((theirs - ours).norm() / ours.norm()).item() < tolerance
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are Linux's to tell")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_packed_base_lets_its_files_go(
+    quantization: str, model_folder: Path, tmp_path: Path
+) -> None:
+    ready = resolve_model(make(model_folder), tmp_path)
+    plain = load_model(ready, make(model_folder))
+    assert str(ready.path) in Path("/proc/self/maps").read_text(), "the test would see no mapping"
+    del plain
+    gc.collect()
+    model = load_model(ready, make(model_folder, quantization={"type": quantization}))
+    gc.collect()
+    assert str(ready.path) not in Path("/proc/self/maps").read_text()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def test_fp64_and_quantization_exclude_each_other(model_folder: Path) -> None:
