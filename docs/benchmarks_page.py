@@ -28,7 +28,7 @@ Arms run beside each other on the same rows from the same start, taking turns; w
 the same thing, only after their losses were found equal. Speeds and makespans say how many times as
 fast as the rival, memory which share of the rival's peak: above 1 is better for the first two,
 below 1 for the last. A figure is the median over the rounds, between the worst round and the best.
-Absolute times are left out where they say more of a machine than of a program. Errors of predicted
+Tokens a second and products a second say more of the machine than of a program. Errors of predicted
 memory are shares of what was measured. All rounds are in the records."""
 
 

@@ -44,3 +44,11 @@ def test_memory_is_predicted_within_its_bounds() -> None:
     assert figures["activations_at_least_half"] >= 15
     assert figures["median_error"] <= 0.10
     assert figures["worst_underprediction"] <= 0.15
+
+
+def test_one_run_is_faster_and_smaller_than_trl_and_a_plain_loop() -> None:
+    figures = published()["finetune"]["figures"]
+    assert figures["tokens_per_s_vs_trl"] >= 2
+    assert figures["tokens_per_s_vs_plain_peft"] >= 1.3
+    assert figures["memory_vs_trl"] <= 0.7
+    assert figures["loss_difference"] <= 0.01
