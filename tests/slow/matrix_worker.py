@@ -26,6 +26,7 @@ from graft.recipe.sections import Recipe
 from tests.slow.zero_worker import tiny_token_rows
 
 STEPS = 5
+LR = 5e-3
 LORA = {"type": "lora", "r": 4, "lora_dropout": 0.1}
 DORA = {"type": "dora", "r": 4, "lora_dropout": 0.1}
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
@@ -91,7 +92,7 @@ def cell_recipe(cell: Cell, source: Path, disk: Path | None = None) -> Recipe:
             "train": {
                 "steps": STEPS,
                 "batch_size": 7,
-                "lr": 5e-3,
+                "lr": LR / 10 if source.name == WIDE else LR,
                 "weight_decay": 0.01,
                 "max_grad_norm": 0.3,
                 "micro_batch_tokens": 40,

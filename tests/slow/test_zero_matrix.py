@@ -21,6 +21,7 @@ from graft.recipe.sections import Recipe
 from graft.runtime.session import ray_session
 from graft.testing import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.slow.matrix_worker import (
+    LR,
     METHODS,
     STEPS,
     WIDE,
@@ -144,8 +145,18 @@ def assert_follows(folder: Path, cell: Cell, alone: Run) -> None:
     weights = load_file(folder / f"{cell.file}.safetensors")
     assert weights.keys() == expected.keys()
     for key, value in expected.items() if cell.dtype == "fp32" else ():
-        torch.testing.assert_close(weights[key], value, atol=1e-4, rtol=0)
+        assert_weights_follow(weights[key], value)
     assert found["whole"] == [], "ZeRO-3 left weights of the base whole"
+
+
+def assert_weights_follow(given: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Adam makes a step of full length out of a gradient that is nothing but rounding.
+
+    So one weight in a thousand may be further off, by a small part of what all steps come to.
+    """
+    difference = (given - wanted).abs()
+    assert int((difference > 1e-4).sum()) <= max(1, difference.numel() // 1000)
+    assert float(difference.max()) <= 0.05 * STEPS * LR
 
 
 def require_ops(cell: Cell) -> None:

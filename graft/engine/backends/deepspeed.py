@@ -17,7 +17,7 @@ from torch import nn
 from graft.core.errors import TrainingError
 from graft.engine.backends.base import OptimizerState
 from graft.engine.backends.buckets import max_live, prefetch_bucket, reduce_bucket
-from graft.engine.backends.nvme import swap_folder
+from graft.engine.backends.nvme import keep_told_dtype, swap_folder
 from graft.engine.backends.ops import import_deepspeed, load_ops, ops_of
 from graft.engine.backends.optimizers import make_optimizer, read_moments, write_moments
 from graft.engine.backends.torch import groups_by_scale
@@ -206,6 +206,7 @@ class DeepSpeedBackend:
             for key in on_disk:
                 config[key]["nvme_path"] = str(folder)
         if offload.parameters == "nvme":
+            keep_told_dtype()
             # DeepSpeed's own buffers are made for 100 million numbers, 2 GB in all.
             config["offload_param"]["buffer_size"] = self._largest_share()
             if self._scale.gradient_checkpointing:

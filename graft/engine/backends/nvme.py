@@ -12,10 +12,14 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import ConfigError
 from graft.core.files import require_writable
 from graft.core.sizes import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _FIELD = "scale.offload.nvme_path"
 _MOUNTS = Path("/proc/self/mounts")
@@ -82,6 +86,27 @@ def swap_folder(path: Path, owner: object) -> Path:
     fcntl.flock(lock, fcntl.LOCK_EX)
     weakref.finalize(owner, _give_back, folder, lock)
     return folder
+
+
+def keep_told_dtype() -> None:
+    """Has DeepSpeed swap weights in the dtype that it was told.
+
+    Its own reading of that argument takes bf16 instead wherever a CPU has no products in fp16, and
+    weights would come back from the disk as other numbers than they went.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    reads = Init._set_dtype
+    if getattr(reads, "keeps_told_dtype", False):
+        return
+
+    def set_dtype(init: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        reads(init, ds_config, dtype)
+        if dtype is not None:
+            init.dtype = dtype
+
+    set_dtype.keeps_told_dtype = True  # type: ignore[attr-defined]
+    Init._set_dtype = set_dtype
 
 
 def _give_back(folder: Path, lock: int) -> None:
