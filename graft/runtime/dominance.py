@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
-from graft.core.pareto import fronts
+from graft.core.pareto import Fronts
 from graft.recipe.search import SearchObjective
 
 
@@ -48,11 +48,11 @@ class DominanceRungs:
         self._signs = {o.metric: 1 if o.mode == "min" else -1 for o in objectives}
         self._time = time_attr
         self._factor = reduction_factor
-        self._rungs: list[tuple[int, dict[str, Sequence[float]]]] = []
-        """Place → the costs of the trials that came there, by trial; the last rung first."""
+        self._rungs: list[tuple[int, set[str], Fronts]] = []
+        """Place, the trials that came there, and their costs; the last rung first."""
         place = grace_period
         while place <= max_t:
-            self._rungs.insert(0, (place, {}))
+            self._rungs.insert(0, (place, set(), Fronts()))
             place *= reduction_factor
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -63,14 +63,15 @@ class DominanceRungs:
         costs = [sign * result.get(metric, math.nan) for metric, sign in self._signs.items()]
         if self._time not in result or not all(map(math.isfinite, costs)):
             return str(TrialScheduler.CONTINUE)
-        for place, reached in self._rungs:
+        for place, reached, fronts in self._rungs:
             if result[self._time] < place:
                 continue
             if trial.trial_id in reached:
                 break
-            stops = self._is_beaten(costs, list(reached.values()))
-            reached[trial.trial_id] = costs
-            return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
+            reached.add(trial.trial_id)
+            num_better = fronts.num_before(fronts.add(costs))
+            is_beaten = num_better >= math.ceil(len(reached) / self._factor)
+            return str(TrialScheduler.STOP if is_beaten else TrialScheduler.CONTINUE)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(
@@ -81,10 +82,5 @@ class DominanceRungs:
 
     def debug_string(self) -> str:
         """Counts the trials of each rung."""
-        told = ", ".join(f"{place}: {len(reached)}" for place, reached in reversed(self._rungs))
+        told = ", ".join(f"{place}: {len(reached)}" for place, reached, _ in reversed(self._rungs))
         return f"Rungs by dominance, trials at each: {told}"
-
-    def _is_beaten(self, own: Sequence[float], others: Sequence[Sequence[float]]) -> bool:
-        *of_others, of_own = fronts([*others, own])
-        num_better = sum(front < of_own for front in of_others)
-        return num_better >= math.ceil((len(others) + 1) / self._factor)

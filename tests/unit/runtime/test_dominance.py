@@ -128,7 +128,7 @@ def test_rungs_stand_where_those_of_asha_do() -> None:
     places = {"time_attr": "steps", "max_t": 100, "grace_period": 6, "reduction_factor": 3}
     rungs = DominanceRungs([LOSS, BYTES], **places)
     asha = AsyncHyperBandScheduler(metric="eval/loss", mode="min", **places)
-    assert [place for place, _ in rungs._rungs] == [place for place, _ in asha._brackets[0]._rungs]
+    assert [place for place, *_ in rungs._rungs] == [place for place, _ in asha._brackets[0]._rungs]
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
