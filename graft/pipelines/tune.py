@@ -24,7 +24,6 @@ from graft.runtime.trials import StudyFacts, TrialRecord, Winner
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
-    from graft.runtime.search import Stage
     from graft.runtime.session import RaySession
     from graft.runtime.study import Study
 
@@ -146,14 +145,15 @@ def tune(
         with _ray_when_asked(address, num_cpus) as session:
             train = partial(_train, longest=longest, home=home, session=session, progress=progress)
             if budget.spent is None and study.has_work:
-                train(study, space, budget=budget, stage="search")
+                train(study, space, budget=budget)
             else:
                 progress.note(
                     f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
                     f"--set {budget.ended_by}=N continues it"
                 )
             spending, ended_by = budget.spending, budget.ended_by
-            finals = run_finals(study, space, facts, train=train, progress=progress)
+            train_finals = partial(train, searched=(study, space))
+            finals = run_finals(study, space, facts, train=train_finals, progress=progress)
         winner = _settle(study, space, finals, home=home, progress=progress)
         return TuneResult(
             study=sections.name,
@@ -275,13 +275,13 @@ def _train(
     space: RecipeSpace,
     *,
     budget: Budget | None = None,
-    stage: Stage = "finalists",
+    searched: tuple[Study, RecipeSpace] | None = None,
     longest: int,
     home: Path,
     session: Callable[[], RaySession],
     progress: Progress,
 ) -> None:
-    """Trains what is left of one stage; re-runs have no budget but their number."""
+    """Trains what is left of a search, or of the re-runs of one, whose budget is their number."""
     ray = session()
     from graft.runtime.search import Search
 
@@ -293,7 +293,7 @@ def _train(
         home=home,
         session=ray,
         progress=progress,
-        stage=stage,
+        searched=searched,
     ).run()
 
 

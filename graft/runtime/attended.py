@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from graft.core.errors import ConfigError, StoppedError
+from graft.core.events import EventLog
 from graft.runtime.control import apply, require_possible, stopped
 from graft.runtime.requests import (
+    EVENTS_FILE,
     StudyAnswer,
     StudyRequest,
     asked_s,
@@ -32,17 +34,21 @@ if TYPE_CHECKING:
     from graft.runtime.study import Study
 
 _LOOK_EVERY_S = 1.0
+_FINALS = " while its finalists were trained again"
 
 
 class Attendant:
     """Does what people ask of the study that this process drives.
 
+    While the finalists of a search are trained again, it is the search that people name: their
+    wishes are looked for there, and its end is the end of the re-runs.
+
     Args:
         study: Opened to be driven.
         space: What is searched.
         budget: Of the study; told which trial goes on as which.
-        say: Appends to the study's events.
         progress: Told what was done.
+        searched: The search, opened too, and its space, where the study is of its re-runs.
     """
 
     def __init__(
@@ -50,13 +56,16 @@ class Attendant:
         study: Study,
         space: RecipeSpace,
         budget: Budget,
-        say: Callable[..., object],
         progress: Progress,
+        *,
+        searched: tuple[Study, RecipeSpace] | None = None,
     ) -> None:
         self._study = study
         self._space = space
         self._budget = budget
-        self._say = say
+        self._searched = searched
+        self._folder = study.folder if searched is None else searched[0].folder
+        self._say = EventLog(self._folder / EVENTS_FILE).append
         self._progress = progress
         self._looked = 0.0
 
@@ -65,8 +74,8 @@ class Attendant:
 
         A wish to end that search is over with it.
         """
-        began_s = (self._study.folder / DRIVER).stat().st_mtime
-        for path in open_requests(self._study.folder):
+        began_s = (self._folder / DRIVER).stat().st_mtime
+        for path in open_requests(self._folder):
             request = read_request(path)
             ends_search = request is not None and request.trial is None
             if ends_search and asked_s(path) >= began_s:
@@ -87,20 +96,27 @@ class Attendant:
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        for path in open_requests(self._study.folder):
+        for path in open_requests(self._folder):
             request = read_request(path)
             at_work = {t.config["trial"]: t for t in controller.get_trials() if not t.is_finished()}
+            if request is not None and request.trial is None:
+                self._end(path, request, list(at_work))
+            if self._searched is not None:  # at work are its re-runs, of other numbers
+                self._answer(path, request, self._apply)
+                continue
             trial = at_work.get(request.trial) if request is not None else None
             if trial is not None and trial.status == Trial.PENDING:
                 continue  # its process is being started; it is stopped once it runs
             if trial is not None and request is not None and request.action == "stop":
                 self._answer(path, request, partial(self._stop, trial, controller, searcher))
-            elif request is not None and request.trial is None:
-                self._end(path, request, list(at_work))
             else:
                 self._answer(path, request, partial(self._apply_in_line, queue))
 
     def _apply(self, request: StudyRequest) -> StudyAnswer:
+        if self._searched is not None:
+            answer = apply(*self._searched, request)
+            words = f"{answer.words}. Its finalists are trained now; the next `graft tune` runs it"
+            return answer.model_copy(update={"words": words})
         answer = apply(self._study, self._space, request)
         if request.action == "resume" and request.trial is not None and answer.trial is not None:
             self._budget.move(request.trial, answer.trial)
@@ -127,17 +143,18 @@ class Attendant:
             raise ConfigError(f"trial {number} has ended by itself: it is {state}")
         return stopped(self._study, number)
 
-    def _end(self, path: Path, request: StudyRequest, at_work: list[int]) -> None:
+    def _end(self, path: Path, request: StudyRequest, at_work: list[int]) -> NoReturn:
         for number in at_work:
             ask_to_leave(self._study.trial_folder(number))
-        trials = self._study.trials
-        left = [str(trial.number) for trial in trials if trial.state == "running"]
+        records, of_all = self._study.records, self._study.section.trials
+        left = [str(trial.number) for trial in records.unfinished if trial.state == "running"]
+        of_search, kind = ("", "trial") if self._searched is None else (_FINALS, "re-run")
         words = (
-            f"a person stopped study {self._study.folder.name!r}: "
-            f"{sum(t.has_ended for t in trials)} of {self._study.section.trials} trials have ended"
+            f"a person stopped study {self._folder.name!r}{of_search}: {records.num_ended} of "
+            f"{of_all} {kind}s have ended"
         )
         if left:
-            words += f", half-trained ones keep their checkpoints (trial {', '.join(left)})"
+            words += f", half-trained ones keep their checkpoints ({kind} {', '.join(left)})"
         keep_answer(self._say, path, request, StudyAnswer(words=words))
         raise StoppedError(f"{words}. The same command goes on")
 

@@ -60,21 +60,21 @@ class Budget:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._tokens = {
-            trial.number: trial.tokens for trial in study.trials if trial.continued_by is None
-        }
+        self._of_trial = {t.number: t.tokens for t in study.trials if t.continued_by is None}
+        self._tokens = sum(self._of_trial.values())
         self._earlier_s = study.seconds
         self._began_s = self._kept_s = time.monotonic()
 
     def count(self, number: int, tokens: int) -> None:
         """Takes in how many tokens a trial has come to; keeps the hours now and then."""
-        self._tokens[number] = tokens
+        self._tokens += tokens - self._of_trial.get(number, 0)
+        self._of_trial[number] = tokens
         if time.monotonic() - self._kept_s > _KEEP_EVERY_S:
             self.keep()
 
     def move(self, ended: int, again: int) -> None:
         """Takes in that an ended trial goes on under another number, with the tokens it has."""
-        self._tokens[again] = self._tokens.pop(ended, 0)
+        self._of_trial[again] = self._of_trial.pop(ended, 0)
 
     def keep(self) -> None:
         """Keeps the hours in the study."""
@@ -87,18 +87,18 @@ class Budget:
         section = self._study.section
         return Spending(
             trials=section.trials,
-            num_ended=sum(trial.has_ended for trial in self._study.trials),
+            num_ended=self._study.records.num_ended,
             max_hours=section.max_hours,
             hours=self._hours,
             max_tokens=section.max_tokens,
-            tokens=sum(self._tokens.values()),
+            tokens=self._tokens,
         )
 
     @property
     def spent(self) -> str | None:
         """The budget that forbids to go on, `search.max_tokens`; None where none does."""
         section = self._study.section
-        if section.max_tokens is not None and sum(self._tokens.values()) >= section.max_tokens:
+        if section.max_tokens is not None and self._tokens >= section.max_tokens:
             return "search.max_tokens"
         if section.max_hours is not None and self._hours >= section.max_hours:
             return "search.max_hours"
@@ -112,15 +112,14 @@ class Budget:
     def pause_rest(self) -> None:
         """Does so with all that still run once a budget is spent."""
         if self.spent is not None:
-            for trial in self._study.trials:
+            for trial in self._study.records.unfinished:
                 if trial.state == "running":
                     self.pause(trial.number)
 
     @property
     def ended_by(self) -> str:
         """What ended a search that is over, as a path of the recipe."""
-        is_left = any(trial.is_unfinished for trial in self._study.trials)
-        if self._study.num_remaining <= 0 and not is_left:
+        if not self._study.has_work:
             return "search.trials"
         return self.spent or "search.sampler"  # a grid whose points have all been tried
 

@@ -58,7 +58,8 @@ class Search:
         home: Seen by every node.
         session: The Ray cluster.
         progress: Told of every trial.
-        stage: What the study is for.
+        searched: The search whose finalists the study trains again, and its space; None where it is
+            the search itself.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Search:
         home: Path,
         session: RaySession,
         progress: Progress,
-        stage: Stage = "search",
+        searched: tuple[Study, RecipeSpace] | None = None,
     ) -> None:
         self._study = study
         self._space = space
@@ -80,9 +81,9 @@ class Search:
         self._home = home
         self._session = session
         self._section = study.section
-        self._stage = stage
-        self._watch = TrialWatch(study, progress, stage)
-        self._attendant = Attendant(study, space, budget, self._watch.say, progress)
+        self._stage: Stage = "search" if searched is None else "finalists"
+        self._watch = TrialWatch(study, progress, self._stage)
+        self._attendant = Attendant(study, space, budget, progress, searched=searched)
         track = space.sections().track
         self._trackers = [] if track.wandb == "off" else [WandbTracker(study, track, progress)]
 
@@ -132,7 +133,7 @@ class Search:
 
         take_turns(queue, turn)
         if queue.is_exhausted and self._stage == "search":
-            ended, budget = num_ended(self._study), self._section.trials
+            ended, budget = self._study.records.num_ended, self._section.trials
             self._watch.say("exhausted", trials=ended)
             self._watch.progress.note(
                 f"every point of the space has been tried: the search ends with {ended} of "
@@ -258,9 +259,9 @@ def take_turns(queue: TrialQueue, turn: Callable[[Executor], Loss | None]) -> No
     """
     vain_rounds = 0
     while (executor := queue.turn_of()) is not None:
-        ended = num_ended(queue.study)
+        ended = queue.study.records.num_ended
         loss = turn(executor)
-        is_vain = num_ended(queue.study) == ended and queue.budget.spent is None
+        is_vain = queue.study.records.num_ended == ended and queue.budget.spent is None
         vain_rounds = vain_rounds + 1 if is_vain else 0
         if vain_rounds == _MAX_VAIN_ROUNDS:
             raise TrainingError(
@@ -310,7 +311,7 @@ class TrialWatch(TrialCallback):
 
     def __enter__(self) -> TrialWatch:
         self._whole = self.progress.task(self._stage, self._study.section.trials, "trial")
-        self._whole.advance(num_ended(self._study))
+        self._whole.advance(self._study.records.num_ended)
         self._has_table = self._table.open()
         return self
 
@@ -375,11 +376,6 @@ class TrialWatch(TrialCallback):
             return {}
         searched = self._study.section.objectives[0].metric
         return {"best trial": str(best.number), searched: best.metrics[searched]}
-
-
-def num_ended(study: Study) -> int:
-    """Counts the trials that need no more work."""
-    return sum(t.has_ended for t in study.trials)
 
 
 def _trial_name(trial: Any) -> str:

@@ -398,7 +398,7 @@ class StudySearcher(Searcher):
     def _require_metrics(self, number: int) -> None:
         """Ends a search for what trials do not report, after the first that has ended so."""
         study = self._queue.study
-        if any(trial.state == "complete" for trial in study.trials):
+        if study.records.front:
             return
         reports = read_reports(study.trial_folder(number))
         known = sorted({n for report in reports for n in report if n.startswith(_MEASURED)})
@@ -467,17 +467,9 @@ class StudySearcher(Searcher):
 
 
 def drop_needless_checkpoints(study: Study) -> None:
-    """Removes the state of trials that nobody goes on from: ended as they should, not the best.
-
-    Of several that are equally good the first one keeps its state.
-    """
-    searched = [objective.metric for objective in study.section.objectives]
-    kept: dict[tuple[float, ...], int] = {}
-    for trial in study.front():
-        kept.setdefault(tuple(trial.metrics[name] for name in searched), trial.number)
-    for trial in study.trials:
-        if trial.has_ended and trial.number not in kept.values() and not trial.may_go_on:
-            shutil.rmtree(study.trial_folder(trial.number) / CHECKPOINTS, ignore_errors=True)
+    """Removes the state of trials that nobody goes on from: ended as they should, not the best."""
+    for number in study.records.take_needless():
+        shutil.rmtree(study.trial_folder(number) / CHECKPOINTS, ignore_errors=True)
 
 
 def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import ConfigError, TrainingError
-from graft.core.pareto import dominates
 from graft.core.progress import QUIET, Progress
 from graft.core.spaces import Float, Int, Space
 from graft.runtime.postgres import PATIENCE_S, StudyTakenError
 from graft.runtime.samplers import endless_grid, seeded_sampler
 from graft.runtime.storage import Kept, storage_to_drive, storage_to_read
+from graft.runtime.trial_records import TrialRecords
 from graft.runtime.trials import (
+    CONTINUES,
+    EARLIER,
     Asked,
     Earlier,
     Outcome,
@@ -30,7 +32,6 @@ from graft.runtime.trials import (
     Suggest,
     TrialRecord,
     Winner,
-    record_of,
     trial_digest,
 )
 
@@ -41,19 +42,27 @@ if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
 
 _MAX_INFEASIBLE_IN_A_ROW = 100
-_EARLIER = "earlier"
-"""Marks a trial of another study with where it is from."""
-_CONTINUES = "continues"
-"""Marks a trial with the one that it goes on from."""
 
 
 class Study:
-    """One study of record. Made by `open_study`; used by one thread of one process."""
+    """One study of record. Made by `open_study`; used by one thread of one process.
 
-    def __init__(self, folder: Path, study: optuna.Study, section: SearchSection) -> None:
+    Args:
+        folder: Of the study.
+        kept: The same in its storage.
+        study: The same in Optuna's hands.
+        section: How it searches.
+        drives: Whether this process writes to it, and no other one does.
+    """
+
+    def __init__(
+        self, folder: Path, kept: Kept, study: optuna.Study, section: SearchSection, *, drives: bool
+    ) -> None:
         self.folder = folder
         self.section = section
         self._study = study
+        self._drives = drives
+        self._records = TrialRecords(kept, self._costs)
         self._live: dict[int, optuna.trial.Trial] = {}
 
     def trial_folder(self, number: int) -> Path:
@@ -61,29 +70,33 @@ class Study:
         return self.folder / "trials" / str(number)
 
     @property
+    def records(self) -> TrialRecords:
+        """Its trials as they are now, and what is known of all together."""
+        if not self._drives:
+            self._records.read_all()
+        return self._records
+
+    @property
     def trials(self) -> list[TrialRecord]:
         """All trials in the order of their numbers, those told infeasible included.
 
         Trials of earlier studies, which only the sampler sees, are not among them.
         """
-        found = self._own()
-        later = {f.user_attrs[_CONTINUES]: f.number for f in found if _CONTINUES in f.user_attrs}
-        return [record_of(frozen, later.get(frozen.number)) for frozen in found]
+        return list(self.records)
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
-        later = (f.number for f in self._own() if f.user_attrs.get(_CONTINUES) == number)
-        return record_of(self._frozen(number), next(later, None))
+        return self.records[number]
 
     @property
     def num_remaining(self) -> int:
         """Trials that the budget still allows to ask for."""
-        return self.section.trials - sum(t.uses_budget for t in self.trials)
+        return self.section.trials - self.records.num_used
 
     @property
     def has_work(self) -> bool:
         """Tells whether a trial is unfinished, or may be asked for."""
-        return self.num_remaining > 0 or any(trial.is_unfinished for trial in self.trials)
+        return self.num_remaining > 0 or bool(self.records.unfinished)
 
     @property
     def winner(self) -> Winner | None:
@@ -126,11 +139,13 @@ class Study:
                 is sampled.
             again: Whether to try a point that there is a trial of once more.
         """
-        known = [f.system_attrs.get("fixed_params", f.params) for f in self._own()]
+        own = [f for f in self._study.get_trials(deepcopy=False) if EARLIER not in f.user_attrs]
+        known = [f.system_attrs.get("fixed_params", f.params) for f in own]
         for point in points:
             if again or dict(point) not in known:
                 self._study.enqueue_trial(dict(point))
                 known.append(dict(point))
+        self._records.read_new()
 
     @property
     def taken(self) -> list[str]:
@@ -152,7 +167,7 @@ class Study:
 
         self.enqueue(points)
         frozen = self._study.get_trials(deepcopy=False)
-        known = {f.user_attrs.get(_EARLIER) for f in frozen}
+        known = {f.user_attrs.get(EARLIER) for f in frozen}
         for trial in trials:
             if trial.source in known:
                 continue
@@ -163,14 +178,16 @@ class Study:
                     params=fixed.params,
                     distributions=fixed.distributions,
                     values=[trial.metrics[o.metric] for o in self.section.objectives],
-                    user_attrs={_EARLIER: trial.source},
+                    user_attrs={EARLIER: trial.source},
                 )
             )
+        self._records.read_new()
         self._study.set_user_attr("taken", [*self.taken, what])
 
     def enqueue_rerun(self, number: int, point: Mapping[str, Any]) -> None:
         """Puts a re-run of another study's trial in front, marked with that trial's number."""
         self._study.enqueue_trial(dict(point), user_attrs={"rerun_of": number})
+        self._records.read_new()
 
     def ask(self, space: Sampled) -> Asked | None:
         """Proposes the next trial, or None where a grid has no new point.
@@ -191,12 +208,12 @@ class Study:
             except ConfigError as error:
                 reason = str(error)
                 self._refuse(trial, reason)
-                if is_grid and self._same(trial) and any(t.uses_budget for t in self.trials):
+                if is_grid and self._same(trial) and self._records.num_used:
                     return None
                 continue
             if is_grid and any(t.uses_budget for t in self._same(trial)):
                 self._refuse(trial, "this point has been tried")
-                if "fixed_params" in self._frozen(trial.number).system_attrs:
+                if "fixed_params" in self._records.frozen(trial.number).system_attrs:
                     continue  # it was asked for by name, and says nothing of the others
                 return None
             return self._proposed(trial, recipe)
@@ -227,7 +244,7 @@ class Study:
         Raises:
             ConfigError: The space makes another recipe of its values than it did.
         """
-        frozen, trial = self._frozen(number), self._trial(number)
+        frozen, trial = self._records.frozen(number), self._trial(number)
         try:
             recipe = space.sample(self._suggest(trial))
         except ConfigError as error:
@@ -248,40 +265,42 @@ class Study:
         """
         import optuna
 
-        ended = self._frozen(number)
+        ended = self._records.frozen(number)
         facts = {k: v for k, v in ended.user_attrs.items() if k not in ("reason", "infeasible")}
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.RUNNING,
                 params=ended.params,
                 distributions=ended.distributions,
-                user_attrs=facts | {_CONTINUES: number},
+                user_attrs=facts | {CONTINUES: number},
                 intermediate_values=ended.intermediate_values,
             )
         )
-        again = self.trials[-1].number
+        again = self._records.read_new()
         self.trial_folder(number).rename(self.trial_folder(again))
         return again
 
     def report(self, number: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Records a report of a running trial; a step that is known already is left as it is."""
-        frozen, trial = self._frozen(number), self._live[number]
+        known, trial = self.trial(number), self._live[number]
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         searched = self.section.objectives[0].metric
         if (
             len(self._study.directions) == 1  # Optuna keeps no reports of several objectives
             and searched in finite
-            and steps not in frozen.intermediate_values
+            and steps not in known.reports
         ):
             trial.report(finite[searched], steps)
-        if steps >= frozen.user_attrs.get("steps", 0):
+        if steps >= known.steps:
             trial.set_user_attr("metrics", finite)
             trial.set_user_attr("steps", steps)
+        self._records.read(number)
 
     def note(self, number: int, **facts: str | float) -> None:
         """Keeps facts beside a running trial: `executor`, `seconds`, `tokens`, why `paused`."""
         for name, value in facts.items():
             self._live[number].set_user_attr(name, value)
+        self._records.read(number)
 
     def refuse(self, number: int, reason: str) -> None:
         """Ends a trial that turns out to be impossible, before it was run or when it ran out."""
@@ -294,21 +313,22 @@ class Study:
         """
         from optuna.trial import TrialState as State
 
-        frozen = self._frozen(number)
-        if frozen.state.is_finished():
+        self._records.read(number)  # somebody may have ended it in a dashboard
+        known = self.trial(number)
+        if not known.is_unfinished:
             return
-        metrics = frozen.user_attrs.get("metrics", {})
-        missing = [o.metric for o in self.section.objectives if o.metric not in metrics]
+        missing = [o.metric for o in self.section.objectives if o.metric not in known.metrics]
         if outcome == "complete" and missing:
             outcome, reason = "failed", f"no finite value of {', '.join(missing)} was reported"
         trial = self._live.pop(number, None) or self._trial(number)
         if reason is not None:
             trial.set_user_attr("reason", reason)
         if outcome == "complete":
-            values = [metrics[o.metric] for o in self.section.objectives]
+            values = [known.metrics[o.metric] for o in self.section.objectives]
             self._study.tell(trial, values, State.COMPLETE)
         else:
             self._study.tell(trial, state=State.PRUNED if outcome == "stopped" else State.FAIL)
+        self._records.read(number)
 
     def best(self) -> TrialRecord:
         """Returns the complete trial with the best first metric; the earlier one of two equals.
@@ -327,13 +347,7 @@ class Study:
 
     def front(self) -> list[TrialRecord]:
         """Returns the complete trials that no other one beats in every searched metric."""
-        complete = [t for t in self.trials if t.state == "complete"]
-        costs = [self._costs(t) for t in complete]
-        return [
-            trial
-            for trial, own in zip(complete, costs, strict=True)
-            if not any(dominates(other, own) for other in costs)
-        ]
+        return self.records.front
 
     def _costs(self, trial: TrialRecord) -> list[float]:
         """The searched metrics, smaller being better."""
@@ -358,6 +372,7 @@ class Study:
 
     def _proposed(self, trial: optuna.trial.Trial, recipe: Recipe) -> Asked:
         trial.set_user_attr("recipe_digest", trial_digest(recipe))
+        self._records.read(trial.number)
         self._live[trial.number] = trial
         return Asked(trial.number, recipe, dict(trial.params))
 
@@ -366,21 +381,16 @@ class Study:
 
         trial.set_user_attr("infeasible", reason)
         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self._records.read(trial.number)
 
     def _same(self, trial: optuna.trial.Trial) -> list[TrialRecord]:
         """The other trials of the same point."""
         return [t for t in self.trials if t.number != trial.number and t.params == trial.params]
 
-    def _own(self) -> list[optuna.trial.FrozenTrial]:
-        return [f for f in self._study.get_trials(deepcopy=False) if _EARLIER not in f.user_attrs]
-
-    def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[number]
-
     def _trial(self, number: int) -> optuna.trial.Trial:
         import optuna
 
-        return optuna.trial.Trial(self._study, self._frozen(number)._trial_id)
+        return optuna.trial.Trial(self._study, self._records.frozen(number)._trial_id)
 
 
 class _EndlessGridError(ConfigError):
@@ -435,7 +445,7 @@ def edit_study(folder: Path, section: SearchSection) -> Iterator[Study | None]:
         except StudyTakenError:
             yield None
             return
-        yield _load(folder, section, kept)
+        yield _load(folder, section, kept, drives=True)
 
 
 def read_study(folder: Path, section: SearchSection) -> Study:
@@ -447,17 +457,17 @@ def read_study(folder: Path, section: SearchSection) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return _load(folder, section, storage_to_read(folder, section))
+    return _load(folder, section, storage_to_read(folder, section), drives=False)
 
 
-def _load(folder: Path, section: SearchSection, kept: Kept) -> Study:
+def _load(folder: Path, section: SearchSection, kept: Kept, *, drives: bool) -> Study:
     import optuna
 
     try:
         study = optuna.load_study(study_name=kept.name, storage=kept.storage)
     except KeyError:  # its driver died before it had begun
         raise ConfigError(f"there is no study in {folder} yet; `graft tune` makes one") from None
-    return Study(folder, study, section)
+    return Study(folder, kept, study, section, drives=drives)
 
 
 def _open(folder: Path, section: SearchSection, facts: StudyFacts, kept: Kept) -> Study:
@@ -476,7 +486,7 @@ def _open(folder: Path, section: SearchSection, facts: StudyFacts, kept: Kept) -
         study.set_user_attr("facts", facts.model_dump(mode="json"))
     else:
         _require_same(folder.name, StudyFacts.model_validate(known), facts)
-    return Study(folder, study, section)
+    return Study(folder, kept, study, section, drives=True)
 
 
 def _require_same(name: str, known: StudyFacts, given: StudyFacts) -> None:

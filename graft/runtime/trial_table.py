@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graft.core.progress import LiveTable, Progress
@@ -36,10 +36,12 @@ class TrialTable:
         """Draws what the study holds now."""
         if self._table is None:
             return
+        records = self._study.records
         metrics = [objective.metric for objective in self._study.section.objectives]
-        front = self._study.front()
-        best = self._study.best().number if front else None
-        self._table.update(*table_of(self._study.trials, metrics, best))
+        best = self._study.best() if records.front else None
+        first = records.unfinished + ([] if best is None else [best])
+        shown = choose_rows(first, reversed(records))
+        self._table.update(*table_of(shown, metrics, None if best is None else best.number))
 
     def close(self) -> None:
         """Leaves the last state on the screen."""
@@ -48,27 +50,31 @@ class TrialTable:
             self._table = None
 
 
-def table_of(
-    trials: Sequence[TrialRecord], metrics: Sequence[str], best: int | None
-) -> tuple[list[str], list[list[str]], int | None]:
-    """Returns headings, rows and the position of the best trial's row.
+def choose_rows(
+    first: Iterable[TrialRecord], newest_first: Iterable[TrialRecord]
+) -> list[TrialRecord]:
+    """Returns some trials and those that came last, in order, together at most `MAX_ROWS`.
 
-    At most `MAX_ROWS` rows: the running trials, the best, and those that ended last.
+    Those to come first are shown whatever their number.
     """
-    seen = [trial for trial in trials if trial.uses_budget]
-    first = [trial for trial in seen if trial.is_unfinished or trial.number == best]
-    others = [trial for trial in seen if trial not in first]
-    room = max(0, MAX_ROWS - len(first))
-    shown = sorted([*first, *others[len(others) - min(room, len(others)) :]], key=_number)
+    shown = {trial.number: trial for trial in first}
+    for trial in newest_first:
+        if len(shown) >= MAX_ROWS:
+            break
+        if trial.uses_budget:
+            shown[trial.number] = trial
+    return [shown[number] for number in sorted(shown)]
+
+
+def table_of(
+    shown: Sequence[TrialRecord], metrics: Sequence[str], best: int | None
+) -> tuple[list[str], list[list[str]], int | None]:
+    """Returns headings, rows and the position of the best trial's row."""
     names = list(dict.fromkeys(_bare(name) for trial in shown for name in trial.params))
     headings = ["trial", "state", "steps", *_short(names), *metrics, "tokens/s"]
     rows = [_row(trial, names, metrics, is_best=trial.number == best) for trial in shown]
     marked = next((i for i, trial in enumerate(shown) if trial.number == best), None)
     return headings, rows, marked
-
-
-def _number(trial: TrialRecord) -> int:
-    return trial.number
 
 
 def _row(

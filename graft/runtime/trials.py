@@ -20,6 +20,10 @@ TrialState = Literal["waiting", "running", "paused", "complete", "stopped", "fai
 Outcome = Literal["complete", "stopped", "failed"]
 
 STOPPED_BY_PERSON = "a person stopped it"
+EARLIER = "earlier"
+"""Marks a trial of another study with where it is from."""
+CONTINUES = "continues"
+"""Marks a trial with the one that it goes on from."""
 
 _FAILURE_FILE = "failure.json"
 _LEAVE_FILE = "leave"

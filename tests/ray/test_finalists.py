@@ -14,6 +14,7 @@ from graft.artifacts import Store
 from graft.core.events import read_events
 from graft.pipelines.finals import finals_folder
 from graft.pipelines.report import read_report, report
+from graft.pipelines.study import stop
 from graft.pipelines.tune import TuneResult, tune
 from graft.recipe.load import load_recipe
 from graft.recipe.seeds import SEED
@@ -30,7 +31,9 @@ NUM_RERUNS = 6
 """Two finalists on three seeds."""
 
 
-def write_search(folder: Path, model_folder: Path, data_folder: Path, name: str) -> Path:
+def write_search(
+    folder: Path, model_folder: Path, data_folder: Path, name: str, steps: int = 16
+) -> Path:
     """Three points; the best two are finalists."""
     folder.mkdir()
     return write_recipe(
@@ -39,7 +42,7 @@ def write_search(folder: Path, model_folder: Path, data_folder: Path, name: str)
         data_folder,
         name=name,
         method={"type": "lora", "r": 4},
-        train={"steps": 16, "batch_size": 4, "report_every": 4, "lr": {"log": [1e-5, 1e-1]}},
+        train={"steps": steps, "batch_size": 4, "report_every": 4, "lr": {"log": [1e-5, 1e-1]}},
         search={
             "trials": 3,
             "points": [{"train.lr": lr} for lr in LRS[:3]],
@@ -158,3 +161,46 @@ def test_a_driver_killed_among_the_finalists_goes_on_with_them(
     for one, other in zip(finals_of(result).finalists, finals_of(whole[1]).finalists, strict=True):
         assert one.params == other.params
         assert one.values == pytest.approx(other.values, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_search_ended_among_its_finalists_goes_on_with_them(
+    tmp_path: Path, model_folder: Path, data_folder: Path, ray_cluster: RaySession
+) -> None:
+    steps, home = 240, tmp_path / "home"
+    recipe = write_search(tmp_path / "ended", model_folder, data_folder, "ended", steps)
+    events = finals_folder(home / "studies" / "ended") / "events.jsonl"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "graft.cli", "tune", str(recipe)),
+            *("--home", str(home), "--address", ray_cluster.address),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 400
+        while not any(event["event"] == "report" for event in read_events(events)):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        change = stop("ended", home=home)
+        assert change.is_done
+        assert "of 6 re-runs have ended, half-trained ones keep their checkpoints" in change.words
+        _, words = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, words
+    reruns = reruns_of(home, "ended")
+    left = {t.number: t.steps for t in reruns.trials if t.state == "running"}
+    assert left
+    seen = len(read_events(events))
+    result = tune(load_recipe(recipe), home=home)
+    assert result.num_run == 0
+    assert len(finals_of(result).finalists) == 2
+    assert [(t.state, t.steps) for t in reruns.trials] == [("complete", steps)] * NUM_RERUNS
+    later = [e for e in read_events(events)[seen:] if e["event"] == "report"]
+    first = {e["trial"]: e["steps"] for e in reversed(later)}
+    assert all(first[number] >= steps_then for number, steps_then in left.items())  # not anew

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from graft.core.errors import ConfigError
-from graft.core.events import EventLog
 from graft.core.progress import QUIET
 from graft.pipelines import study as verbs
 from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.space import RecipeSpace
 from graft.runtime.attended import Attendant
 from graft.runtime.budget import Budget
-from graft.runtime.requests import EVENTS_FILE, open_requests
+from graft.runtime.requests import open_requests
 from graft.runtime.searcher import StudySearcher, TrialQueue
 from graft.runtime.study import open_study
 from graft.runtime.trials import Earlier, StudyFacts
@@ -120,8 +119,7 @@ def test_a_driver_does_it_and_the_words_come_back(space: RecipeSpace, tmp_path: 
 
     def drive() -> None:
         with open_study(folder, space.sections().search, FACTS) as study:
-            say = EventLog(folder / EVENTS_FILE).append
-            attendant = Attendant(study, space, Budget(study), say, QUIET)
+            attendant = Attendant(study, space, Budget(study), QUIET)
             queue = TrialQueue(study, space, turn=4)
             is_up.set()
             while not ends.is_set():

@@ -11,17 +11,16 @@ import pytest
 from ray.tune.experiment import Trial
 
 from graft.core.errors import ConfigError, StoppedError
-from graft.core.events import EventLog
 from graft.core.files import write_json
 from graft.core.progress import QUIET
 from graft.engine.run_folder import CHECKPOINTS
+from graft.recipe.seeds import SEED, SeededSpace
 from graft.recipe.space import RecipeSpace
 from graft.recipe.tree import Tree
 from graft.runtime.attended import Attendant
 from graft.runtime.budget import Budget
 from graft.runtime.control import apply
 from graft.runtime.requests import (
-    EVENTS_FILE,
     StudyRequest,
     answer_of,
     leave_request,
@@ -271,11 +270,11 @@ class TuneTrials:
         self._searcher.on_trial_complete(trial.trial_id, result={})
 
 
-def attended(study: Study, space: RecipeSpace) -> tuple[Any, TuneTrials, TrialQueue]:
-    say = EventLog(study.folder / EVENTS_FILE).append
-    budget = Budget(study)
-    attendant = Attendant(study, space, budget, say, QUIET)
-    queue = TrialQueue(study, space, turn=4)
+def attended(
+    study: Study, space: RecipeSpace, searched: tuple[Study, RecipeSpace] | None = None
+) -> tuple[Any, TuneTrials, TrialQueue]:
+    attendant = Attendant(study, space, Budget(study), QUIET, searched=searched)
+    queue = TrialQueue(study, space, turn=4, only_begun=searched is not None)
     searcher = StudySearcher(queue, "packed")
     tune = TuneTrials(searcher)
 
@@ -334,8 +333,7 @@ def test_the_tokens_of_a_trial_that_goes_on_are_counted_once(
     budget = Budget(study)
     leave_request(study.folder, StudyRequest(action="resume", trial=asked.number))
     write_json(study.folder / DRIVER, {})
-    say = EventLog(study.folder / EVENTS_FILE).append
-    Attendant(study, space, budget, say, QUIET).begin()
+    Attendant(study, space, budget, QUIET).begin()
     assert study.trial(0).continued_by == 1
     assert budget.spending.tokens == 700  # as this driver counts, who let it go on
     assert Budget(study).spending.tokens == 700  # and as the next one does
@@ -370,9 +368,64 @@ def test_what_was_asked_of_an_earlier_driver_is_done_but_not_its_end(
         run_trial(study, space, None)
     asked = [leave_request(folder, StudyRequest(action="stop", trial=n)) for n in (0, None)]
     with open_study(folder, section, FACTS) as study:
-        say = EventLog(folder / EVENTS_FILE).append
-        Attendant(study, space, Budget(study), say, QUIET).begin()
+        Attendant(study, space, Budget(study), QUIET).begin()
         answers = [answer_of(folder, path) for path in asked]
         assert [a.is_refused for a in answers if a is not None] == [False, True]
         assert study.trial(0).state == "stopped"
     assert open_requests(folder) == []
+
+
+@pytest.fixture
+def reruns(study: Study, space: RecipeSpace) -> Iterator[Study]:
+    """Of a search with a complete trial and one that failed: two re-runs, begun."""
+    run_trial(study, space, "complete", steps=12)
+    run_trial(study, space, "failed", reason="its worker was lost")
+    folder = study.folder / "tiny-finalists"
+    with open_study(folder, space_of(trials=2).sections().search, FACTS) as opened:
+        for seed in (1, 2):
+            opened.enqueue_rerun(0, {**POINT, SEED: seed})
+            opened.ask(SeededSpace(space))
+        yield opened
+
+
+def test_the_end_of_a_search_is_the_end_of_its_finalists_too(
+    study: Study, reruns: Study, space: RecipeSpace
+) -> None:
+    look, tune, _ = attended(reruns, SeededSpace(space), searched=(study, space))
+    first, second = tune.start("a"), tune.start("b")
+    reruns.report(0, 12, {"eval/loss": 1.0})
+    reruns.tell(0, "complete")
+    first.status = Trial.TERMINATED
+    path = leave_request(study.folder, StudyRequest(action="stop"))
+    words = (
+        r"study 'tiny' while its finalists were trained again: 1 of 2 re-runs have ended, "
+        r"half-trained ones keep their checkpoints \(re-run 1\)"
+    )
+    with pytest.raises(StoppedError, match=words):
+        look()
+    assert answer_of(study.folder, path) is not None
+    assert is_asked_to_leave(Path(second.config["folder"]))
+    assert not is_asked_to_leave(Path(first.config["folder"]))
+    assert reruns.trial(1).state == "running"  # the next driver goes on with it
+    assert [t.state for t in study.trials] == ["complete", "failed"]
+
+
+def test_what_is_asked_of_a_search_beside_its_finalists_waits_for_the_next_driver(
+    study: Study, reruns: Study, space: RecipeSpace
+) -> None:
+    look, tune, _ = attended(reruns, SeededSpace(space), searched=(study, space))
+    tune.start("a")
+    paths = [
+        leave_request(study.folder, StudyRequest(action=action, trial=1))
+        for action in ("stop", "resume", "clone")
+    ]
+    look()
+    refused, resumed, cloned = (answer_of(study.folder, path) for path in paths)
+    assert refused is not None
+    assert refused.words.startswith("trial 1 of study 'tiny' is failed; only a running one")
+    assert resumed is not None
+    assert resumed.words.endswith("trained now; the next `graft tune` runs it")
+    assert cloned is not None
+    states = [trial.state for trial in study.trials]
+    assert states == ["complete", "failed", "running", "waiting"]
+    assert [trial.state for trial in reruns.trials] == ["running", "running"]

@@ -128,7 +128,7 @@ def test_gp_searches_for_several_metrics(make: Make, tmp_path: Path) -> None:
     space = make(search=f"trials: 13, sampler: gp, {TWO}")
     with open_study(tmp_path / "study", settled_search(space), FACTS) as study:
         run(study, space, 13)  # 8 of the first 12 are complete: the last one is the process's own
-        assert "gp:relative_params:0" in study._frozen(12).system_attrs
+        assert "gp:relative_params:0" in study.records.frozen(12).system_attrs
 
 
 def test_gp_learns_where_random_does_not(make: Make, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from graft.recipe.load import load_recipe, to_yaml
 from graft.recipe.sections import Recipe
 from graft.recipe.space import RecipeSpace
 from graft.runtime.pack import Pack
-from graft.runtime.search import num_concurrent, num_ended, take_turns
+from graft.runtime.search import num_concurrent, take_turns
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, executor_of
 from graft.runtime.seats import Seats
 from graft.runtime.study import Study, open_study
@@ -215,7 +215,7 @@ def test_a_trial_that_ran_out_has_used_its_share_of_the_budget_and_keeps_no_chec
     refused, ran_out = study.trial(0), study.trial(1)
     assert (refused.state, ran_out.state) == ("infeasible", "infeasible")
     assert (refused.has_ended, ran_out.has_ended) == (False, True)
-    assert num_ended(study) == 1
+    assert study.records.num_ended == 1
     assert study.num_remaining == study.section.trials - 1
     assert not (Path(config["folder"]) / CHECKPOINTS).exists()
 
