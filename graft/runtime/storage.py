@@ -22,7 +22,7 @@ from graft.core.errors import ConfigError
 from graft.core.files import require_writable, write_json
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
-from graft.runtime.journal import JOURNAL, repair_journal
+from graft.runtime.journal import JOURNAL, repair_journal, require_whole
 from graft.runtime.postgres import PATIENCE_S, Database, LastingStorage, StudyTakenError
 
 if TYPE_CHECKING:
@@ -234,4 +234,8 @@ def _journal(folder: Path) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     path = str(folder / JOURNAL)
-    return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+    try:
+        return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+    except (ValueError, TypeError, KeyError, OSError):
+        require_whole(folder / JOURNAL)
+        raise

@@ -151,13 +151,14 @@ def test_points_come_first_and_only_once(tmp_path: Path) -> None:
         assert third.params != points[0]
 
 
-def test_a_torn_last_line_is_dropped_and_the_study_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [b'{"op_code": 8, "worker_id": "to', b"\0" * 99, b"[]\n"])
+def test_a_torn_last_line_is_dropped_and_the_study_goes_on(tmp_path: Path, torn: bytes) -> None:
     with opened(tmp_path) as study:
         run_trial(study, Conditional(), 0.5)
     journal = tmp_path / "study" / JOURNAL
     whole = journal.read_bytes()
     with journal.open("ab") as file:
-        file.write(b'{"op_code": 8, "worker_id": "to')
+        file.write(torn)
     journal.with_name(f"{JOURNAL}.lock").write_text("")  # left by a process killed while writing
     with opened(tmp_path) as study:
         assert journal.read_bytes().startswith(whole + b'{"op_code"')
@@ -199,14 +200,25 @@ def test_a_journal_cut_at_any_byte_opens(tmp_path: Path) -> None:
             assert study.best().metrics["eval/loss"] in (0.3, 0.5)
 
 
-def test_damage_before_the_end_is_refused_in_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"{torn\n", b"[1]\n", b'{"op": 4}\n', b"\n"])
+def test_damage_before_the_end_is_refused_in_words(tmp_path: Path, line: bytes) -> None:
     with opened(tmp_path) as study:
         run_trial(study, Conditional(), 0.5)
     journal = tmp_path / "study" / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:2], b"{torn\n", *lines[2:]]))
+    journal.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
     with pytest.raises(ConfigError, match=r"damaged at line 3"), opened(tmp_path):
         pass
+    with pytest.raises(ConfigError, match=r"damaged at line 3; restore the file"):
+        read_study(tmp_path / "study", section())
+
+
+def test_a_journal_that_is_no_file_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "study" / JOURNAL).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"), opened(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_study(tmp_path / "study", section())
 
 
 @pytest.mark.parametrize(
