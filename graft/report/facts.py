@@ -118,7 +118,7 @@ class StudyReport(StrictModel):
     objectives: Listed[ObjectiveFacts]
     trials: Listed[TrialFacts]
     front: Listed[int] = ()
-    """Trials that no other one beats in every searched metric and in adapter bytes."""
+    """Trials that no other one beats in every searched metric; with one, in adapter bytes too."""
     winner: int | None = None
     winner_metrics: dict[str, MetricValue] = {}
     """Over all held-out rows."""

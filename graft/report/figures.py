@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
-from graft.recipe.costs import ADAPTER_BYTES
-from graft.report.facts import DriftPoint, StudyReport, TrialFacts
-from graft.report.svg import Line, Marks, Point, Rule, bars, number, plot
+from graft.recipe.costs import ADAPTER_BYTES, is_known_early
+from graft.report.facts import DriftPoint, ObjectiveFacts, StudyReport, TrialFacts
+from graft.report.svg import Line, Marks, Point, Rule, Shape, bars, legend, number, plot
+from graft.report.words import bytes_scale, metric_words
+
+MAX_CURVES = 60
+"""Trials whose curves are drawn: more of them hide each other."""
+_MAX_LABELS = 25
+
+Kind = Literal["failed", "stopped", "open", "complete", "front", "chosen"]
+
+_MARKS: dict[Kind, tuple[Shape, str, str]] = {
+    "chosen": ("diamond", "best", "chosen"),
+    "front": ("dot", "best", "on the front, with its number"),
+    "complete": ("dot", "done", "complete"),
+    "stopped": ("dot", "stopped", "stopped early"),
+    "open": ("ring", "open", "not finished"),
+    "failed": ("cross", "bad", "failed, at its last report"),
+}
+"""Shape, class and words of each kind; the first ones are drawn last."""
+
+
+def _kind(trial: TrialFacts, report: StudyReport, front: Iterable[int] = ()) -> Kind:
+    if trial.number == report.winner:
+        return "chosen"
+    if trial.number in front:
+        return "front"
+    if trial.state == "complete":
+        return "complete"
+    if trial.state in ("failed", "infeasible"):
+        return "failed"
+    return "stopped" if trial.state == "stopped" else "open"
 
 
 def trial_words(trial: TrialFacts) -> str:
@@ -20,21 +50,35 @@ def setting(value: object) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _css(trial: TrialFacts, report: StudyReport) -> str:
-    if trial.number == report.winner:
-        return "best"
-    return "done" if trial.state == "complete" else "stopped"
+def axis_words(objective: ObjectiveFacts, unit: str) -> str:
+    """An axis of a searched metric: `cost/latency_ms, ms (lower is better)`."""
+    better = "lower" if objective.mode == "min" else "higher"
+    return f"{objective.metric}{', ' if unit else ''}{unit} ({better} is better)"
+
+
+def curves_drawn(report: StudyReport) -> list[TrialFacts]:
+    """The trials whose curves are drawn: the chosen one, then the best, `MAX_CURVES` at most."""
+    objective = report.objectives[0]
+    sign = 1 if objective.mode == "min" else -1
+
+    def place(trial: TrialFacts) -> tuple[bool, bool, float]:
+        value = trial.metrics.get(objective.metric, float("inf") * sign)
+        return trial.number != report.winner, trial.state != "complete", sign * value
+
+    return sorted(report.trials, key=place)[:MAX_CURVES]
+
+
+def curves_key(report: StudyReport) -> str:
+    """What the colours of the curves stand for."""
+    return _key(_kind(trial, report) for trial in curves_drawn(report))
 
 
 def learning_curves(report: StudyReport) -> list[tuple[str, str]]:
     """Returns (heading, SVG) of the searched metric and of the training loss, by step."""
-    searched = report.objectives[0].metric
-    ordered = sorted(
-        report.trials, key=lambda t: (t.number == report.winner, t.state == "complete")
-    )
+    objective = report.objectives[0]
     charts = []
     for heading, label, field in (
-        (f"{searched} on held-out rows", searched, "searched"),
+        (f"{objective.metric} on held-out rows", axis_words(objective, ""), "searched"),
         ("Training loss", "training loss, nats a token", "train_loss"),
     ):
         lines = [
@@ -45,10 +89,10 @@ def learning_curves(report: StudyReport) -> list[tuple[str, str]]:
                     )
                     for p in getattr(trial, field)
                 ],
-                _css(trial, report),
+                _MARKS[_kind(trial, report)][1],
                 f"trial {trial.number}" if trial.number == report.winner else "",
             )
-            for trial in ordered
+            for trial in reversed(curves_drawn(report))
             if getattr(trial, field)
         ]
         if lines:
@@ -63,79 +107,101 @@ def learning_curves(report: StudyReport) -> list[tuple[str, str]]:
     return charts
 
 
+def trade_offs_key(report: StudyReport) -> str:
+    """What the marks stand for."""
+    front = report.front if len(report.objectives) > 1 or _sizes(report) else ()
+    return _key(_kind(trial, report, front) for trial in _with_value(report))
+
+
 def trade_offs(report: StudyReport) -> list[tuple[str, str]]:
-    """Returns (heading, SVG) of quality against adapter size and against training time."""
-    objective = report.objectives[0]
-    shown = [
-        t
-        for t in report.trials
-        if objective.metric in t.metrics and t.state not in ("failed", "infeasible")
-    ]
+    """Returns (heading, SVG) of quality against each other searched metric, size and time."""
+    objective, shown = report.objectives[0], _with_value(report)
     charts = []
-    is_searched = any(other.metric == ADAPTER_BYTES for other in report.objectives[1:])
-    if shown and not is_searched and all(trial.adapter_bytes for trial in shown):
-        charts.append(
-            (
-                "Quality and adapter size",
-                _scatter(
-                    report,
-                    shown,
-                    "adapter size, MB (fp32)",
-                    [(t.adapter_bytes or 0) / 1e6 for t in shown],
-                ),
-            )
-        )
-    if shown and any(trial.seconds for trial in shown):
-        charts.append(
-            (
-                "Quality and training time",
-                _scatter(report, shown, "training time, s", [t.seconds for t in shown]),
-            )
-        )
-    searched = []
     for other in report.objectives[1:]:
-        both = [t for t in shown if other.metric in t.metrics]
-        if both:
-            scale, unit = (1e6, "MB") if other.unit == "bytes" else (1.0, other.unit)
-            svg = _scatter(
-                report,
-                both,
-                f"{other.metric}, {unit}".removesuffix(", "),
-                [t.metrics[other.metric] / scale for t in both],
-                x_is_max=other.mode == "max",
-            )
-            searched.append((f"{objective.metric} and {other.metric}", svg))
-    return searched + charts
+        values = {t.number: t.metrics[other.metric] for t in shown if other.metric in t.metrics}
+        if values:
+            heading = f"{objective.metric} and {other.metric}"
+            charts.append((heading, _scatter(report, other, values, report.front)))
+    is_searched = any(other.metric == ADAPTER_BYTES for other in report.objectives[1:])
+    if not is_searched and (sizes := _sizes(report)):
+        size = ObjectiveFacts(metric="adapter size, fp32", mode="min", unit="bytes")
+        front = report.front if len(report.objectives) == 1 else ()
+        charts.append(("Quality and adapter size", _scatter(report, size, sizes, front)))
+    seconds = {trial.number: trial.seconds for trial in shown}
+    if any(seconds.values()):
+        time = ObjectiveFacts(metric="training time", mode="min", unit="s")
+        charts.append(("Quality and training time", _scatter(report, time, seconds, ())))
+    return charts
+
+
+def _with_value(report: StudyReport) -> list[TrialFacts]:
+    return [t for t in report.trials if report.objectives[0].metric in t.metrics]
+
+
+def _sizes(report: StudyReport) -> dict[int, float]:
+    """Adapter bytes by trial, where they are known of all that have a value."""
+    shown = _with_value(report)
+    sizes = {t.number: float(t.adapter_bytes) for t in shown if t.adapter_bytes}
+    return sizes if len(sizes) == len(shown) else {}
+
+
+def undrawn_words(report: StudyReport) -> str:
+    """Says which trials are in no chart, or not in each, and why; empty where all are drawn."""
+    told = [
+        f"{o.metric} is measured at the end, so trials that did not come to it have none."
+        for o in report.objectives[1:]
+        if not is_known_early(o.metric)
+    ]
+    drawn = {trial.number for trial in _with_value(report)}
+    states = [trial.state for trial in report.trials if trial.number not in drawn]
+    counts = {state: states.count(state) for state in dict.fromkeys(sorted(states))}
+    if counts:
+        words = ", ".join(f"{count} {state}" for state, count in counts.items())
+        told.append(f"Not drawn, for want of a report: {words}.")
+    return " ".join(told)
 
 
 def _scatter(
-    report: StudyReport,
-    trials: Sequence[TrialFacts],
-    x_label: str,
-    x_values: Sequence[float],
-    *,
-    x_is_max: bool = False,
+    report: StudyReport, other: ObjectiveFacts, values: dict[int, float], front: Sequence[int]
 ) -> str:
+    """Draws the first searched metric against another one.
+
+    Args:
+        report: Of the study.
+        other: Along x.
+        values: Trial → its value of that.
+        front: Trials that are marked, and labelled with their numbers where there is room.
+    """
     objective = report.objectives[0]
-    points: dict[str, list[Point]] = {"stopped": [], "done": [], "best": []}
-    for trial, x in zip(trials, x_values, strict=True):
-        y = trial.metrics[objective.metric]
-        tip = f"{trial_words(trial)}; {objective.metric} {number(y)}, {x_label} {number(x)}"
-        points[_css(trial, report)].append(Point(x, y, tip))
-    finished = [*points["done"], *points["best"]]
+    scale, unit = bytes_scale(values.values()) if other.unit == "bytes" else (1.0, other.unit)
+    points: dict[Kind, list[Point]] = {kind: [] for kind in reversed(_MARKS)}
+    complete = []
+    for trial in report.trials:
+        if trial.number not in values:
+            continue
+        value, kind = trial.metrics[objective.metric], _kind(trial, report, front)
+        told = metric_words(values[trial.number], other.unit)
+        tip = f"{trial_words(trial)}; {objective.metric} {number(value)}, {other.metric} {told}"
+        is_named = trial.number in front and len(front) <= _MAX_LABELS
+        label = str(trial.number) if is_named else ""
+        points[kind].append(Point(values[trial.number] / scale, value, tip, label))
+        if trial.state == "complete":
+            complete.append(points[kind][-1])
+    is_max, x_is_max = objective.mode == "max", other.mode == "max"
     return plot(
-        x_label=x_label,
-        y_label=objective.metric,
-        title=f"{objective.metric} against {x_label}",
-        lines=[
-            Line(staircase(finished, is_max=objective.mode == "max", x_is_max=x_is_max), "front")
-        ],
-        marks=[
-            Marks(points["stopped"], "stopped"),
-            Marks(points["done"], "done"),
-            Marks(points["best"], "best", "diamond"),
-        ],
+        x_label=axis_words(other, unit),
+        y_label=axis_words(objective, ""),
+        title=f"{objective.metric} against {other.metric}",
+        lines=[Line(staircase(complete, is_max=is_max, x_is_max=x_is_max), "front")],
+        marks=[Marks(found, _MARKS[kind][1], _MARKS[kind][0]) for kind, found in points.items()],
+        x_log=other.unit == "bytes",
     )
+
+
+def _key(kinds: Iterable[Kind]) -> str:
+    """The legend of the kinds that there are."""
+    found = set(kinds)
+    return legend([mark for kind, mark in _MARKS.items() if kind in found])
 
 
 def staircase(points: Sequence[Point], *, is_max: bool, x_is_max: bool = False) -> list[Point]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
-from graft.core.pareto import dominates
+import numpy as np
+
+from graft.core.pareto import Front
 from graft.report.facts import Importance, ObjectiveFacts, TrialFacts
 
 MIN_TRIALS = 6
@@ -37,17 +38,11 @@ def importances(
             continue
         ranks = _ranks([_value(trial, objective) or 0.0 for trial in having])
         share = _epsilon_squared(ranks, groups)
-        rng = random.Random(seed)
-        as_large = 0
-        shuffled = list(ranks)
-        for _ in range(_SHUFFLES):
-            rng.shuffle(shuffled)
-            as_large += _epsilon_squared(shuffled, groups) >= share - 1e-12
         found.append(
             Importance(
                 param=param,
                 share=max(0.0, share),
-                p_value=(as_large + 1) / (_SHUFFLES + 1),
+                p_value=(_num_as_large(ranks, groups, seed) + 1) / (_SHUFFLES + 1),
                 num_trials=len(having),
             )
         )
@@ -55,9 +50,10 @@ def importances(
 
 
 def front(trials: Sequence[TrialFacts], objectives: Sequence[ObjectiveFacts]) -> tuple[int, ...]:
-    """Numbers of the complete trials that none beats in every metric and in adapter bytes.
+    """Numbers of the complete trials that none beats in every searched metric.
 
-    Bytes count where they are known of all: a search that is not for them keeps few checkpoints.
+    With one metric adapter bytes are the second, where they are known of all: a search that is not
+    for them keeps few checkpoints.
     """
     found = [
         trial
@@ -65,18 +61,16 @@ def front(trials: Sequence[TrialFacts], objectives: Sequence[ObjectiveFacts]) ->
         if trial.state == "complete" and all(o.metric in trial.metrics for o in objectives)
     ]
     sizes = [trial.adapter_bytes for trial in found]
-    costs = {
-        trial.number: [
+    has_sizes = len(objectives) == 1 and None not in sizes
+    costs = (
+        [
             *(_cost(trial, objective) for objective in objectives),
-            0.0 if None in sizes else float(trial.adapter_bytes or 0),
+            float(trial.adapter_bytes or 0) if has_sizes else 0.0,
         ]
         for trial in found
-    }
-    return tuple(
-        number
-        for number, own in costs.items()
-        if not any(dominates(other, own) for other in costs.values())
     )
+    numbers = (trial.number for trial in found)
+    return tuple(Front(zip(numbers, costs, strict=True)).names)
 
 
 def _cost(trial: TrialFacts, objective: ObjectiveFacts) -> float:
@@ -114,6 +108,18 @@ def _ranks(values: Sequence[float]) -> list[float]:
             ranks[index] = (start + end) / 2 + 1
         start = end + 1
     return ranks
+
+
+def _num_as_large(ranks: Sequence[float], groups: Sequence[int], seed: int) -> int:
+    """Counts the shuffles that part the ranks between the groups as far as they are parted."""
+    _, group_of = np.unique(groups, return_inverse=True)
+    ranked, counts = np.asarray(ranks), np.bincount(group_of)
+
+    def parted(order: np.ndarray) -> float:
+        return float((np.bincount(group_of, weights=order) ** 2 / counts).sum())
+
+    rng, least = np.random.default_rng(seed), parted(ranked) * (1 - 1e-12)
+    return sum(parted(rng.permutation(ranked)) >= least for _ in range(_SHUFFLES))
 
 
 def _epsilon_squared(ranks: Sequence[float], groups: Sequence[int]) -> float:

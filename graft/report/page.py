@@ -8,7 +8,16 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from graft.report.facts import StudyReport
-from graft.report.figures import importance_bars, learning_curves, setting, trade_offs
+from graft.report.figures import (
+    curves_drawn,
+    curves_key,
+    importance_bars,
+    learning_curves,
+    setting,
+    trade_offs,
+    trade_offs_key,
+    undrawn_words,
+)
 from graft.report.finals import finals_table
 from graft.report.importance import MIN_TRIALS
 from graft.report.svg import number
@@ -17,6 +26,7 @@ from graft.report.tables import (
     drift_table,
     empty,
     forms_table,
+    front_table,
     note,
     trials_table,
 )
@@ -35,9 +45,7 @@ def render(report: StudyReport) -> str:
     """Returns the whole page."""
     sections = [
         Section("search", "Search", _search(report)),
-        Section(
-            "trade-offs", "Trade-offs", charts_or(trade_offs(report), "No trial has reported yet.")
-        ),
+        Section("trade-offs", _trade_offs_heading(report), _trade_offs(report)),
         Section("importances", "What mattered", _importances(report)),
         Section("trials", "Trials", trials_table(report)),
         *_finals(report),
@@ -126,12 +134,30 @@ _KNOWN_STATES = ("complete", "stopped", "failed", "infeasible", "running", "paus
 
 
 def _search(report: StudyReport) -> str:
-    key = note(
-        "Green: the chosen trial. Blue: complete. Grey: stopped early, because others were better "
-        "at the same rung, or not finished."
-    )
     charts = learning_curves(report)
-    return (key if charts else "") + charts_or(charts, "No trial has reported yet.")
+    if not charts:
+        return empty("No trial has reported yet.")
+    drawn, of_all = len(curves_drawn(report)), len(report.trials)
+    words = f"The best {drawn} of {of_all} trials are drawn." if drawn < of_all else ""
+    return curves_key(report) + (note(words) if words else "") + charts_or(charts, "")
+
+
+def _trade_offs_heading(report: StudyReport) -> str:
+    return "Pareto front" if len(report.objectives) > 1 else "Trade-offs"
+
+
+def _trade_offs(report: StudyReport) -> str:
+    charts = trade_offs(report)
+    if not charts:
+        return empty("No trial has reported yet.")
+    words = "The dotted line is the best value that so much size or time buys. "
+    if len(report.objectives) > 1:
+        words = (
+            "No other complete trial beats one of the front in every searched metric. The dotted "
+            "line is the front of the two that a chart shows. "
+        )
+    key = trade_offs_key(report) + note(words + undrawn_words(report))
+    return key + charts_or(charts, "") + front_table(report)
 
 
 def charts_or(charts: Sequence[tuple[str, str]], missing: str) -> str:

@@ -8,6 +8,7 @@ from html import escape
 from typing import Literal, NamedTuple
 
 WIDTH, HEIGHT = 520, 320
+Shape = Literal["dot", "ring", "diamond", "cross"]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 16, 52
 
 
@@ -37,7 +38,7 @@ class Marks(NamedTuple):
 
     points: Sequence[Point]
     css: str
-    shape: Literal["dot", "diamond"] = "dot"
+    shape: Shape = "dot"
 
 
 class Rule(NamedTuple):
@@ -251,11 +252,27 @@ def _circle(point: Point, x: Scale, y: Scale, css: str, radius: int) -> str:
 
 
 def _mark(point: Point, group: Marks, x: Scale, y: Scale) -> str:
-    if group.shape == "dot":
-        return _circle(point, x, y, f"mark {group.css}", 5)
-    start = f"M{x(point.x):.1f} {y(point.y) - 7:.1f}"
-    tip = f"<title>{escape(point.tip)}</title>"
-    return f'<path class="mark {group.css}" d="{start}l7 7l-7 7l-7-7z">{tip}</path>'
+    return _shape(x(point.x), y(point.y), group.shape, group.css, point.tip)
+
+
+def _shape(x: float, y: float, shape: Shape, css: str, tip: str) -> str:
+    told = f"<title>{escape(tip)}</title>" if tip else ""
+    if shape in ("dot", "ring"):
+        return f'<circle class="mark {shape} {css}" cx="{x:.1f}" cy="{y:.1f}" r="5">{told}</circle>'
+    path = f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7-7z"
+    if shape == "cross":
+        path = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0-8l-8 8"
+    return f'<path class="mark {shape} {css}" d="{path}">{told}</path>'
+
+
+def legend(entries: Sequence[tuple[Shape, str, str]]) -> str:
+    """Says what marks stand for: (shape, class, words) each, as HTML."""
+    words = "".join(
+        '<span><svg viewBox="0 0 16 16" aria-hidden="true">'
+        f"{_shape(8, 8, shape, css, '')}</svg>{escape(text)}</span>"
+        for shape, css, text in entries
+    )
+    return f'<p class="key small soft">{words}</p>'
 
 
 _LINE_PX, _CHARACTER_PX = 13.0, 6.6

@@ -74,14 +74,48 @@ def trials_table(report: StudyReport) -> str:
             Cell(escape(trial.reason or ""), "wide" if trial.reason else ""),
         ]
         rows.append((css, cells))
-    legend = ""
-    if report.front:
-        numbers = ", ".join(str(n) for n in report.front)
-        legend = note(
-            "★ chosen. On the Pareto front (nothing is better in every searched metric and in "
-            f"size): {numbers}."
+    return _trials_key(report) + table(head, rows)
+
+
+def _trials_key(report: StudyReport) -> str:
+    words = [] if report.winner is None else ["★ chosen."]
+    has_sizes = all(t.adapter_bytes for t in report.trials if t.state == "complete")
+    if report.front and (has_sizes or len(report.objectives) > 1):
+        searched = " and ".join(escape(o.metric) for o in report.objectives)
+        beside = searched if len(report.objectives) > 1 else f"{searched} and in size"
+        numbers = ", ".join(map(str, report.front))
+        words.append(
+            f"On the Pareto front, where no other complete trial is better in {beside}: {numbers}."
         )
-    return legend + table(head, rows)
+    return note(" ".join(words)) if words else ""
+
+
+def front_table(report: StudyReport) -> str:
+    """The trials of the front of several metrics, best first: what there is to choose from."""
+    front = [trial for trial in report.trials if trial.number in report.front]
+    if len(report.objectives) == 1 or not front:
+        return ""
+    params = sorted({name for trial in front for name in trial.params})
+    head = [
+        Cell("on the front"),
+        *(Cell(escape(o.metric), "num") for o in report.objectives),
+        *(Cell(escape(short_name(p))) for p in params),
+    ]
+    rows = [
+        (
+            "best" if trial.number == report.winner else "",
+            [
+                Cell(f"trial {trial.number}" + (" ★" if trial.number == report.winner else "")),
+                *(
+                    Cell(metric_words(trial.metrics[o.metric], o.unit), "num")
+                    for o in report.objectives
+                ),
+                *(Cell(escape(setting(trial.params.get(p, "")))) for p in params),
+            ],
+        )
+        for trial in sorted(front, key=lambda t: _order(t, report)[2:])
+    ]
+    return table(head, rows)
 
 
 def _metric_columns(report: StudyReport) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from graft.artifacts.record import MetricValue
 from graft.report.svg import number
 
@@ -29,6 +31,13 @@ def bytes_words(num: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
+
+
+def bytes_scale(values: Iterable[float]) -> tuple[float, str]:
+    """The decimal unit that sizes are drawn in, by the largest: (bytes, name)."""
+    largest = max(values, default=0.0)
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next((unit for unit in units if largest >= unit[0]), (1.0, "bytes"))
 
 
 def metric_words(value: float, unit: str) -> str:

@@ -65,6 +65,19 @@ def test_the_front_keeps_what_nobody_beats() -> None:
     assert front(trials, [LOSS]) == (0, 1, 3)
 
 
+def test_with_several_metrics_bytes_count_only_where_they_are_searched() -> None:
+    match = ObjectiveFacts(metric="eval/match", mode="max")
+
+    def sized(number: int, loss: float, of: float, size: int) -> TrialFacts:
+        metrics = {"eval/loss": loss, "eval/match": of}
+        return TrialFacts(
+            number=number, state="complete", params={}, metrics=metrics, adapter_bytes=size
+        )
+
+    trials = [sized(0, 0.4, 0.9, 64), sized(1, 0.5, 0.8, 8)]
+    assert front(trials, [LOSS, match]) == (0,)
+
+
 def test_unknown_sizes_put_nobody_on_the_front() -> None:
     """A search that is not for bytes keeps the checkpoints of few trials."""
     kept = trial(0, 0.4).model_copy(update={"adapter_bytes": 16})
