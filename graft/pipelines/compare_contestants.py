@@ -90,6 +90,12 @@ def require_comparable(space: RecipeSpace) -> None:
             f"search.objectives names {', '.join(costs)}, and a comparison searches for "
             "quality alone; size, memory and speed are columns of its own: leave the costs out"
         )
+    bounds = ("max_hours", "max_tokens")
+    if bounded := [name for name in bounds if getattr(recipe.search, name) is not None]:
+        raise ConfigError(
+            f"search.{bounded[0]} ends a search early, and a comparison gives every method the "
+            "same points (--budget, or search.trials): remove it"
+        )
     if recipe.scale.needs_deepspeed:
         raise ConfigError(
             "a comparison trains each method in one process of its own; set scale.workers: 1, "

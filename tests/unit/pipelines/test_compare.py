@@ -277,6 +277,8 @@ def test_what_cannot_run_is_a_row_with_its_reason(recipe_file: Path) -> None:
         ("scale.workers=2", r"scale\.workers: 1"),
         ("train.steps={choice: [2, 4]}", "give one number"),
         ("train.init_from=some", "starts every method"),
+        ("search.max_hours=2", r"search\.max_hours ends a search early"),
+        ("search.max_tokens=900", r"search\.max_tokens ends a search early"),
     ],
 )
 def test_a_recipe_that_cannot_be_compared_with_is_refused(
