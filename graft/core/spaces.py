@@ -27,8 +27,7 @@ class Float(StrictModel):
     @model_validator(mode="after")
     def low_below_high(self) -> Float:
         """Refuses empty ranges and logarithms of what is not positive."""
-        if not self.low < self.high:
-            raise ValueError(f"low {self.low} must be below high {self.high}")
+        _require_room(self.low, self.high)
         if self.log and self.low <= 0:
             raise ValueError(f"a log range must start above 0, not at {self.low}")
         return self
@@ -44,9 +43,15 @@ class Int(StrictModel):
     @model_validator(mode="after")
     def low_below_high(self) -> Int:
         """Refuses empty ranges."""
-        if not self.low < self.high:
-            raise ValueError(f"low {self.low} must be below high {self.high}")
+        _require_room(self.low, self.high)
         return self
+
+
+def _require_room(low: float, high: float) -> None:
+    if low == high:
+        raise ValueError(f"a range from {low} to {high} is none; write {low} itself")
+    if not low < high:
+        raise ValueError(f"low {low} must be below high {high}")
 
 
 Space = Choice | Float | Int

@@ -27,26 +27,27 @@ def require_known_metrics(recipe: Recipe) -> None:
     wanted = [objective.metric for objective in recipe.search.objectives]
     for metric in wanted:
         if not metric.startswith(("eval/", PREFIX, *_OF_TRIALS)):
-            _require_one_of(metric, [*_TRAIN, *held_out, *COSTS])
+            _require_one_of("search.objectives", metric, [*_TRAIN, *held_out, *COSTS])
     listed = {metric.type for metric in recipe.eval.metrics}
-    for metric in (*wanted, recipe.loop.gate.metric):
+    gated = ("loop.gate.metric", recipe.loop.gate.metric)
+    for field, metric in (*(("search.objectives", metric) for metric in wanted), gated):
         if not metric.startswith("eval/"):
             continue
-        _require_one_of(metric, held_out)
+        _require_one_of(field, metric, held_out)
         name = metric.rpartition("/")[2]
         fields = METRICS.get(name).model_fields
-        required = [key for key, field in fields.items() if field.is_required()]
+        required = [key for key, known in fields.items() if known.is_required()]
         if required and name not in listed:
             raise ValueError(
-                f"metric {metric!r} needs settings ({', '.join(required)}): list it with them in "
-                "eval.metrics"
+                f"{field}: metric {metric!r} needs settings ({', '.join(required)}): list it with "
+                "them in eval.metrics"
             )
 
 
-def _require_one_of(metric: str, known: list[str]) -> None:
+def _require_one_of(field: str, metric: str, known: list[str]) -> None:
     if metric not in known:
         raise ValueError(
-            f"unknown metric {metric!r}.{nearest(metric, known)} Known: {', '.join(known)}"
+            f"{field}: unknown metric {metric!r}.{nearest(metric, known)} Known: {', '.join(known)}"
         )
 
 

@@ -160,7 +160,7 @@ def test_a_recipe_with_holes_names_them_where_one_is_wanted_whole(load: Load) ->
     [
         ("train: {lr: {log: [1.0e-2, 1.0e-5]}}", ":3: train.lr: low 0.01 must be below high 1e-05"),
         ("train: {lr: {log: [0, 1]}}", "a log range must start above 0, not at 0.0"),
-        ("train: {lr: {uniform: [1, 1]}}", "must be below high"),
+        ("train: {lr: {uniform: [1, 1]}}", "from 1.0 to 1.0 is none; write 1.0 itself"),
         ("train: {lr: {uniform: [0, 1]}}", "train.lr: must be above 0"),
         ("train: {lr: {log: [1]}}", "`log` takes two numbers, [low, high]"),
         ("train: {lr: {log: 3}}", "`log` takes two numbers, [low, high]"),
