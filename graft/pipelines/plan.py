@@ -9,6 +9,7 @@ from graft.core.errors import ConfigError, GraftError
 from graft.core.model import Listed, StrictModel
 from graft.core.spaces import Choice
 from graft.methods.support import MethodSupport, method_support
+from graft.objectives.sampling import SamplingObjective
 from graft.pipelines.plan_memory import PlannedMemory, Target, find_target, plan_memory
 from graft.pipelines.plan_time import PlannedTime, plan_time
 from graft.recipe.holes import middle
@@ -229,11 +230,16 @@ def _time(
 
 
 def _row_tokens(recipe: Recipe, home: Path) -> float:
-    """Mean tokens of a training row where tokenizer and rows are at hand, else the most."""
+    """Mean tokens of a training row where tokenizer and rows are at hand, else the most.
+
+    Of a row whose answers are sampled it is the prompt that counts.
+    """
     from graft.engine.memory.workload import Workload
 
     try:
         rows = training_rows(recipe, home)
     except (GraftError, OSError):
         return float(Workload.bound(recipe).row_tokens)
-    return sum(len(row.input_ids) for row in rows) / max(1, len(rows))
+    samples = isinstance(recipe.objective, SamplingObjective)
+    tokens = [len(r.asked.prompt_ids if samples and r.asked else r.input_ids) for r in rows]
+    return sum(tokens) / max(1, len(tokens))

@@ -96,7 +96,8 @@ def find_target(
     except ValueError as error:
         raise ConfigError(f"--host-memory: {error}") from error
     limits = Limits("cuda", hardware.gpu.memory_bytes, each, node_workers=1)
-    speed = gpu_speed(hardware.gpu.name, hardware.gpu.flops)
+    chosen = hardware.gpu
+    speed = gpu_speed(chosen.name, chosen.flops, chosen.bytes_per_s)
     return Target(str(hardware), limits, hardware.count, speed)
 
 

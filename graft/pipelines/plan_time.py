@@ -1,8 +1,10 @@
 """How long a search takes and what it costs: floating-point operations over what devices do.
 
 A token costs two operations a weight forward and two backward; two more where the weights
-themselves are trained; attention as much again as tokens stand before it. Devices reach a share of
-their data sheet's speed, which is why hours are a range.
+themselves are trained; attention as much again as tokens stand before it. Answers are sampled a
+token at a time: each pass reads the base once for all that grow together, and multiplies for each.
+Devices reach a share of their data sheet's speed, and nobody knows how long answers will be, which
+is why hours are a range.
 
 Reference:
     Scaling Laws for Neural Language Models, arXiv 2001.08361, section 2.1, for operations a token;
@@ -13,11 +15,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft.core.model import StrictModel
 from graft.methods._own_weights import OwnWeightsMethod
+from graft.objectives.sampling import SamplingObjective
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +32,16 @@ if TYPE_CHECKING:
 _GPU_UTILIZATION = (0.15, 0.6)
 """Published runs of adapters reach 0.34 to 0.6; short padded rows stay below."""
 _CPU_UTILIZATION = (0.2, 0.8)
-"""Of a product of large matrices, measured here."""
+"""Of products measured here."""
 _PARAMETER_OFFLOAD = 0.3
 """Of the lower end, where every pass sends the base over PCIe."""
 _PROBE_SIZE = 1024
+_PROBE_BYTES = 2**27
+"""Of weights that are read once: more than caches hold."""
+_SHORT_ANSWER = 0.25
+"""Of `max_new_tokens`, at the lower end; at the upper one answers take them all."""
+_LAYER_S = (1e-4, 5e-4)
+"""Of a layer in a sampling pass, beside its arithmetic: kernels are started one by one."""
 
 
 class PlannedTime(StrictModel):
@@ -53,33 +62,42 @@ class Speed(NamedTuple):
 
     flops: float
     """Operations a second at best."""
+    bytes_per_s: float
+    """Of weights that are read, at best."""
     low: float
-    """Share of them that training reaches at least."""
+    """Share of both that is reached at least."""
     high: float
     words: str
 
 
-def gpu_speed(name: str, flops: float) -> Speed:
+def gpu_speed(name: str, flops: float, bytes_per_s: float) -> Speed:
     """Returns the speed of a GPU by its data sheet."""
     low, high = _GPU_UTILIZATION
     words = f"{low:.0%} to {high:.0%} of {name}'s {flops / 1e12:.0f} TFLOP/s"
-    return Speed(flops, low, high, words)
+    return Speed(flops, bytes_per_s, low, high, words)
 
 
 def cpu_speed(dtype: torch.dtype) -> Speed:
-    """Measures a matrix product here; it takes less than a second."""
+    """Measures products of matrices, and with a vector, here; it takes less than a second."""
     import torch
 
     matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
+    weights = torch.ones(_PROBE_BYTES // dtype.itemsize // _PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
+    flops = 2 * _PROBE_SIZE**3 / _fastest(lambda: matrix @ matrix)
+    bytes_per_s = _PROBE_BYTES / _fastest(lambda: weights @ matrix[0])
+    low, high = _CPU_UTILIZATION
+    words = f"{low:.0%} to {high:.0%} of the {flops / 1e9:.0f} GFLOP/s measured here; rough"
+    return Speed(flops, bytes_per_s, low, high, words)
+
+
+def _fastest(do: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few times."""
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
-        matrix @ matrix
+        do()
         seconds.append(time.perf_counter() - started)
-    flops = 2 * _PROBE_SIZE**3 / min(seconds)
-    low, high = _CPU_UTILIZATION
-    words = f"{low:.0%} to {high:.0%} of the {flops / 1e9:.0f} GFLOP/s measured here; rough"
-    return Speed(flops, low, high, words)
+    return min(seconds)
 
 
 def plan_time(
@@ -97,43 +115,122 @@ def plan_time(
         recipes: One of each kind.
         shape: Of the base.
         speed: Of one device.
-        row_tokens: Tokens of a training row, of each kind.
+        row_tokens: Tokens of a training row, of each kind; where answers are sampled, of a prompt.
         devices: In use at once.
         price: Dollars an hour of one device.
     """
     kinds = list(zip(recipes, row_tokens, strict=True))
-    mean = _mean([trial_flops(recipe, shape, tokens) for recipe, tokens in kinds])
-    tokens = _mean([r.train.steps * r.train.batch_size * of_row for r, of_row in kinds])
+    tokens = _mean([r.train.steps * r.train.batch_size * learned_tokens(r, of) for r, of in kinds])
+    seconds = [trial_seconds(recipe, shape, speed, of) for recipe, of in kinds]
+    shortest, longest = (_mean(end) / devices / 3600 for end in zip(*seconds, strict=True))
     search = recipes[0].search
     least, most = least_share(search), 1.0
     if search.max_tokens is not None:
         most = min(most, search.max_tokens / (search.trials * tokens))
-    offloads = any(recipe.scale.offload.parameters != "none" for recipe in recipes)
-    slowest = speed.low * (_PARAMETER_OFFLOAD if offloads else 1.0)
-    seconds = mean / speed.flops / devices
     bound = math.inf if search.max_hours is None else search.max_hours
-    shortest = min(bound, search.trials * min(least, most) * seconds / speed.high / 3600)
-    longest = min(bound, search.trials * most * seconds / slowest / 3600)
-    again = search.finalists * search.finalist_seeds * seconds  # to the end, beside every budget
-    low, high = shortest + again / speed.high / 3600, longest + again / slowest / 3600
-    early = "" if search.scheduler.type == "none" else ", trials stopped early or not"
-    samples = any("rollouts" in recipe.objective.needs for recipe in recipes)
-    sampling = "the sampling of answers (often most of it), " if samples else ""
+    low = min(bound, search.trials * min(least, most) * shortest)
+    high = min(bound, search.trials * most * longest)
     ends = ", ended by search.max_tokens" if most < 1.0 else ""
-    ends = ", ended by search.max_hours" if longest == bound else ends
+    ends = ", ended by search.max_hours" if high == bound else ends
+    early = "" if search.scheduler.type == "none" else ", trials stopped early or not"
+    again = search.finalists * search.finalist_seeds  # to the end, beside every budget
+    low, high = low + again * shortest, high + again * longest
     return PlannedTime(
         low_hours=low,
         high_hours=high,
         devices=devices,
         low_dollars=None if price is None else low * devices * price,
         high_dollars=None if price is None else high * devices * price,
-        basis=f"{speed.words}{early}{ends}; rows of {_mean(row_tokens):.0f} tokens; "
-        f"{sampling}start-up and checkpoints left out",
+        basis=f"{speed.words}{early}{ends}; {_rows_words(kinds)}; start-up and checkpoints are "
+        "left out",
     )
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _rows_words(kinds: Sequence[tuple[Recipe, float]]) -> str:
+    """What the rows of a search are taken to be."""
+    tokens = _mean([tokens for _, tokens in kinds])
+    longest = [
+        recipe.objective.max_new_tokens
+        for recipe, _ in kinds
+        if isinstance(recipe.objective, SamplingObjective)
+    ]
+    if not longest:
+        return f"rows of {tokens:.0f} tokens"
+    return (
+        f"rows of {tokens:.0f} tokens, sampled answers of {_SHORT_ANSWER * min(longest):.0f} to "
+        f"{max(longest)}"
+    )
+
+
+def learned_tokens(recipe: Recipe, row_tokens: float, answer_share: float = 1.0) -> float:
+    """Returns the tokens of a row as it is learned from, sampled answers included.
+
+    Args:
+        recipe: Complete.
+        row_tokens: Of the row as the data has it; of a prompt where answers are sampled.
+        answer_share: Of `max_new_tokens`, that answers take.
+    """
+    objective = recipe.objective
+    if not isinstance(objective, SamplingObjective):
+        return row_tokens
+    return row_tokens + objective.group_size * answer_share * objective.max_new_tokens
+
+
+class _End(NamedTuple):
+    """What holds at one end of the range."""
+
+    share: float
+    """Of the device's speed."""
+    answer_share: float
+    """Of `max_new_tokens`."""
+    layer_s: float
+
+
+def trial_seconds(
+    recipe: Recipe, shape: ModelShape, speed: Speed, row_tokens: float
+) -> tuple[float, float]:
+    """Returns the least and the most that a trial to its end keeps one device busy.
+
+    Args:
+        recipe: Of the trial.
+        shape: Of the base.
+        speed: Of the device.
+        row_tokens: As in `learned_tokens`.
+    """
+    offloads = recipe.scale.offload.parameters != "none"
+    slowest = speed.low * (_PARAMETER_OFFLOAD if offloads else 1.0)
+    least, most = (
+        trial_flops(recipe, shape, learned_tokens(recipe, row_tokens, end.answer_share))
+        / (speed.flops * end.share)
+        + _sampling_seconds(recipe, shape, speed, row_tokens, end)
+        for end in (_End(speed.high, _SHORT_ANSWER, _LAYER_S[0]), _End(slowest, 1.0, _LAYER_S[1]))
+    )
+    return least, most
+
+
+def _sampling_seconds(
+    recipe: Recipe, shape: ModelShape, speed: Speed, prompt_tokens: float, end: _End
+) -> float:
+    """What a trial's answers take, where it learns from its own; else nothing."""
+    from graft.engine.answers import CACHE_TOKENS, MAX_BATCH
+
+    objective, settings = recipe.objective, recipe.train
+    if not isinstance(objective, SamplingObjective):
+        return 0.0
+    answers = settings.batch_size * objective.group_size
+    room = CACHE_TOKENS // math.ceil(prompt_tokens + objective.max_new_tokens)
+    together = min(answers, MAX_BATCH, max(1, room))
+    new_tokens = end.answer_share * objective.max_new_tokens
+    token_s = _forward_flops(shape, prompt_tokens + new_tokens) / speed.flops
+    reading_s = sum(shape.weight_bytes(recipe.model)) / speed.bytes_per_s
+    pass_s = max(reading_s, together * token_s) / end.share + shape.num_layers * end.layer_s
+    prompts_s = answers * prompt_tokens * token_s / end.share
+    rollouts = math.ceil(settings.steps / objective.num_iterations)
+    return rollouts * (prompts_s + answers / together * new_tokens * pass_s)
 
 
 def trial_flops(recipe: Recipe, shape: ModelShape, row_tokens: float) -> float:

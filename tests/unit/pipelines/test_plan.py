@@ -82,17 +82,33 @@ def test_hours_and_dollars_are_a_range_with_its_basis(planned: Plan) -> None:
     assert "15% to 60% of L4's 121 TFLOP/s" in time.basis
 
 
-def test_hours_tell_that_the_sampling_of_answers_is_not_in_them(
+def hours_of_grpo(
+    folder: Path, model: Path, data: Path, train: dict[str, Any] | None = None, **settings: Any
+) -> PlannedTime:
+    rewards = [{"metric": "exact_match"}]
+    objective = {"type": "grpo", "rewards": rewards, "max_new_tokens": 8, **settings}
+    fixed = {"steps": 16, "batch_size": 4, "lr": 1e-3, **(train or {})}
+    space = space_of(folder, model, data, objective=objective, train=fixed)
+    time = plan(space, home=folder, gpu="2x L4").time
+    assert time is not None
+    return time
+
+
+def test_hours_count_the_answers_that_are_sampled(
     planned: Plan, model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    rewards = [{"metric": "exact_match"}]
-    objective = {"type": "grpo", "rewards": rewards, "max_new_tokens": 8}
-    space = space_of(tmp_path, model_folder, data_folder, objective=objective)
-    sampled = plan(space, home=tmp_path, gpu="2x L4").time
-    assert sampled is not None
+    folders = tmp_path, model_folder, data_folder
+    short = hours_of_grpo(*folders)
+    assert "sampled answers of 2 to 8;" in short.basis
+    long = hours_of_grpo(*folders, max_new_tokens=16)
+    # As many passes as an answer has tokens; on a tiny model nothing else takes time.
+    assert long.high_hours == pytest.approx(2 * short.high_hours, rel=0.02)
+    seldom = hours_of_grpo(*folders, num_iterations=4)
+    assert seldom.high_hours == pytest.approx(short.high_hours / 4, rel=0.02)
+    passes = 16 * 8 * 2 * 5e-4  # steps, tokens, layers, seconds of a layer
+    assert short.high_hours * 3600 == pytest.approx(6 * passes, rel=0.02)  # six trials, no pack
     assert planned.time is not None
-    assert "the sampling of answers (often most of it), start-up" in sampled.basis
-    assert "sampling" not in planned.time.basis
+    assert "sampled" not in planned.time.basis
 
 
 def test_what_does_not_fit_names_combinations_that_do(
