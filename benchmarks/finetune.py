@@ -11,6 +11,9 @@ Rows are cuts of the smart-home conversations, their lengths drawn from a log-no
 two forward passes of 4 (`--rows-per-pass`); `trl` is the collation and the loss of TRL's SFT
 trainer without the bookkeeping of transformers' loop, `peft` a loop written by hand. Both have rows
 of like length in one pass. Ours divides rows as it does for everybody.
+
+With `--upper-layers N` all adapt only the last N decoder layers, and a fourth arm, `ours_whole`, is
+ours without what it keeps of the layers below. In the first round most rows are new, later none is.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from benchmarks._race import (
 )
 from benchmarks._result import write_result
 from graft.data.records import TokenRow
+from graft.methods.lora import LoraMethod
 from graft.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -77,17 +81,28 @@ def rows_of(run: LoadedRun, batch_size: int) -> tuple[list[TokenRow], list[Token
 
 
 class Ours:
-    """GRAFT's trainer with one slot; writes the adapter that all start from."""
+    """GRAFT's trainer with one slot.
 
-    def __init__(self, run: LoadedRun, start: Path) -> None:
+    Args:
+        run: What it trains.
+        start: Where it writes the adapter that all start from; None writes none.
+        keeps_lower_states: As `Trainer` takes it.
+    """
+
+    def __init__(
+        self, run: LoadedRun, start: Path | None, *, keeps_lower_states: bool = True
+    ) -> None:
         from graft.compressors.base import Adapter
         from graft.compressors.folder import save_adapter
         from graft.engine.train import Trainer
 
         rows, self._held_out = rows_of(run, run.recipe.train.batch_size)
-        self._model, self._trainer = run.model, Trainer(run.model)
+        self._model = run.model
+        self._trainer = Trainer(run.model, keeps_lower_states=keeps_lower_states)
         self._trainer.join("own", run.recipe, rows)
-        save_adapter(start, Adapter(run.recipe.method, run.model.tensors("own")), "base")
+        if start is not None:
+            own = Adapter(run.recipe.method, run.model.tensors("own"))
+            save_adapter(start, own, "base")
 
     def step(self) -> float:
         """One step of the slot."""
@@ -190,6 +205,8 @@ def _as_trl(row: TokenRow) -> dict[str, list[int]]:
 
 
 RIVALS: dict[str, type[Peft]] = {"trl": Trl, "peft": Peft}
+WHOLE = "ours_whole"
+"""Ours through all layers, where only upper ones are adapted."""
 
 
 def build(arm: str, content: dict[str, Any], home: str, start: str, rows_per_pass: int) -> Side:
@@ -199,11 +216,25 @@ def build(arm: str, content: dict[str, Any], home: str, start: str, rows_per_pas
     run = load_run(Recipe.model_validate(content), Path(home))
     if arm == "ours":
         return Ours(run, Path(start))
+    if arm == WHOLE:
+        return Ours(run, None, keeps_lower_states=False)
     return RIVALS[arm](run, Path(start), rows_per_pass=rows_per_pass)
 
 
 def recipe_of(options: argparse.Namespace) -> dict[str, Any]:
     """What all train."""
+    found = _recipe_of(options)
+    if options.upper_layers:
+        from graft.engine.memory import ModelShape
+        from graft.models import resolve_model
+
+        section = Recipe.model_validate(found).model
+        number = ModelShape.of(resolve_model(section, options.home)).num_layers
+        found["method"]["layers_to_transform"] = [*range(number - options.upper_layers, number)]
+    return found
+
+
+def _recipe_of(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": {"source": options.model, "dtype": options.dtype, "device": "cpu"},
         "data": {"train": str(DATA / "train.jsonl"), "max_length": MAX_LENGTH},
@@ -238,7 +269,8 @@ def work_of_step(options: argparse.Namespace) -> tuple[float, float]:
     """Real tokens of a step, and the operations that it cannot do without.
 
     A frozen weight takes two a token forward and two backward, an adapter's six; the head is needed
-    at supervised positions alone. Attention's own are left out.
+    at supervised positions alone, and layers below the adapted ones in no step. Attention's own are
+    left out.
     """
     from graft.engine.run import load_run
 
@@ -247,7 +279,9 @@ def work_of_step(options: argparse.Namespace) -> tuple[float, float]:
     tokens = sum(len(row.input_ids) for row in rows) / STEPS
     targets = sum(_num_targets(row) for row in rows) / STEPS
     head = run.model.base.get_output_embeddings().weight.numel()
-    layers = sum(p.numel() for p in run.model.base.model.layers.parameters())
+    method = run.recipe.method
+    lowest = min(method.layers_to_transform or (0,)) if isinstance(method, LoraMethod) else 0
+    layers = sum(p.numel() for p in run.model.base.model.layers[lowest:].parameters())
     fresh = run.model.fresh_tensors(run.recipe.method)
     adapter = sum(tensor.numel() for of_site in fresh.values() for tensor in of_site.values())
     return tokens, 4.0 * (tokens * layers + targets * head) + 6.0 * tokens * adapter
@@ -261,7 +295,9 @@ def figures_of(found: dict[str, Any], tokens: float, work: float, limit: float) 
         "gemm_gflop_per_s": limit / 1e9,
         "share_of_gemm_limit": work / limit / statistics.median(seconds["ours"]),
     }
-    for rival, name in (("trl", "trl"), ("peft", "plain_peft")):
+    for rival, name in (("trl", "trl"), ("peft", "plain_peft"), (WHOLE, "whole")):
+        if rival not in seconds:
+            continue
         speeds = [b / a for a, b in zip(seconds["ours"], seconds[rival], strict=True)]
         figures |= {
             f"tokens_per_s_vs_{name}": statistics.median(speeds),
@@ -269,9 +305,7 @@ def figures_of(found: dict[str, Any], tokens: float, work: float, limit: float) 
             f"tokens_per_s_vs_{name}_best": max(speeds),
             f"memory_vs_{name}": peaks["ours"] / peaks[rival],
         }
-    figures["loss_difference"] = max(
-        abs(losses["ours"] - losses[rival]) / losses[rival] for rival in RIVALS
-    )
+    figures["loss_difference"] = max(abs(losses["ours"] - loss) / loss for loss in losses.values())
     return figures
 
 
@@ -281,6 +315,7 @@ def main() -> None:
     add_race_options(parser)
     parser.set_defaults(rounds=5, steps=STEPS)
     parser.add_argument("--rows-per-pass", type=int, default=4, help="of the rivals")
+    parser.add_argument("--upper-layers", type=int, default=0, help="adapted; 0 means all")
     parser.add_argument("--quick", action="store_true", help="two rounds of two steps")
     options = parser.parse_args()
     if options.quick:
@@ -288,7 +323,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="graft-benchmark-") as scratch:
         start = str(Path(scratch) / "start")
         given = (recipe_of(options), str(options.home), start, options.rows_per_pass)
-        sides = {arm: partial(build, arm, *given) for arm in ("ours", *RIVALS)}
+        arms = ("ours", *([WHOLE] if options.upper_layers else []), *RIVALS)
+        sides = {arm: partial(build, arm, *given) for arm in arms}
         found = race("finetune", sides, options, tolerance=LOSSES_AGREE[options.dtype])
     tokens, work = work_of_step(options)
     figures = figures_of(found, tokens, work, gemm_limit(options.threads, options.dtype))

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from graft.engine.backends.base import Backend
-from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
+from graft.engine.batches import MicroBatch, RoutedRow
 from graft.engine.lanes import Lanes, divide, run_in_lanes
 from graft.engine.logprobs import read_positions, slot_outputs
+from graft.engine.lower_states import batches_of
 from graft.engine.mixture import StepObjective
 from graft.engine.multi import MultiAdapterModel
+from graft.engine.reading import keep_lower_states
 from graft.methods.routing import DropoutStream
+from graft.objectives.sampling import SamplingObjective
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class SlotStep:
     statistics: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
     """Of the distributions whose log-probabilities are learned."""
+
+    @property
+    def rows_come_again(self) -> bool:
+        """They are rows of the data; sampled answers are new at every rollout."""
+        return not isinstance(self.objective, SamplingObjective)
 
     @property
     def weight(self) -> float:
@@ -72,13 +80,12 @@ def accumulate(
     has_lanes = backend.takes_lanes and backend.world_size == 1 and not model.is_owned
     num_tokens = sum(len(routed.row.input_ids) for routed in everyone)
     lanes = divide(num_tokens, max_tokens, model.device) if has_lanes else Lanes(1, max_tokens)
-
-    def batched(rows: list[RoutedRow]) -> list[MicroBatch]:
-        shares = model.shares_prompts
-        return micro_batches(rows, lanes.max_tokens, model.device, shares_prompts=shares)
-
+    lasting = [step for step in steps.values() if step.rows_come_again]
+    rows_again = [routed.row for step in lasting for routed in step.rows]
+    keep_lower_states(model, rows_again, max_tokens)
     passes = _Passes(model, steps, loss_scale)
-    batches = batched(everyone[backend.world_rank :: backend.world_size])
+    own = everyone[backend.world_rank :: backend.world_size]
+    batches = batches_of(model, own, lanes.max_tokens)
     tally = _Tally()
     if lanes.number > 1 and len(batches) > 1:
         losses = [partial(passes.run, batch) for batch in batches]
@@ -88,7 +95,7 @@ def accumulate(
             tally.add(told)
         return tally.over(backend, list(steps))
     num_runs = backend.forward_backward_count(len(batches))
-    idle = batched(everyone[-1:])[0]
+    idle = batches_of(model, everyone[-1:], lanes.max_tokens)[0]
     for run in range(num_runs):
         is_idle = run >= len(batches)
         loss, told = passes.run(

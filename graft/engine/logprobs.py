@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.data.records import TokenRow
 from graft.engine.batches import MicroBatch
+from graft.engine.lower_states import from_lower_states
 from graft.engine.multi import MultiAdapterModel, Routing
 from graft.methods.routing import DropoutStream
 from graft.objectives.base import TokenOutputs
@@ -46,7 +47,7 @@ def read_positions(
     temperatures: Mapping[str, float] | None = None,
     with_entropy: bool = False,
 ) -> Positions:
-    """Runs one micro-batch.
+    """Runs one micro-batch; layers below all slots are left out where their states are kept.
 
     Args:
         model: The base with its slots.
@@ -56,7 +57,8 @@ def read_positions(
             divided by it.
         with_entropy: Entropies are wanted too.
     """
-    hidden = batch_hidden(model, batch, streams)
+    with from_lower_states(model, batch):
+        hidden = batch_hidden(model, batch, streams)
     hidden_PH = hidden[batch.supervised_lines, batch.predicting_tokens]
     targets_P = batch.input_ids[batch.supervised_lines, batch.supervised_tokens]
     temperatures_P = _of_positions(batch, temperatures or {}, model.device)

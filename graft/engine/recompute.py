@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.core.errors import ConfigError
 from graft.engine.multi.attention import attention_kernel_as_now
+from graft.engine.multi.lower_layers import decoder_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,13 +44,6 @@ def recompute_layers(model: MultiAdapterModel) -> None:
         )
     for layer in layers:
         layer.forward = partial(_forward, layer.forward, partial(_contexts, model))
-
-
-def decoder_layers(base: nn.Module) -> list[nn.Module]:
-    """Returns the layers that can be computed again."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class References:
                 f"{free / 1e6:.1f} MB are free; use a method that leaves the base alone (lora), "
                 "an objective without a reference (orpo), or a smaller base"
             )
-        self._model.layers.unwrap()
+        self._model.unwrap()
         with plain_layers(base):  # the copy is read without gradients
             return MultiAdapterModel(copy.deepcopy(base))
 

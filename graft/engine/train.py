@@ -109,6 +109,8 @@ class Trainer:
         backend: None steps with plain torch.
         template: Of the base; needed where an objective samples answers.
         judges: Reward models that objectives ask.
+        keeps_lower_states: What layers below all slots make of rows is kept, where the backend has
+            one process with whole weights.
     """
 
     def __init__(
@@ -117,9 +119,13 @@ class Trainer:
         backend: Backend | None = None,
         template: ChatTemplate | None = None,
         judges: RewardModels | None = None,
+        *,
+        keeps_lower_states: bool = True,
     ) -> None:
         self.model = model
         self.backend: Backend = backend or TorchBackend()
+        is_plain = self.backend.takes_lanes and self.backend.world_size == 1
+        model.lower.switch(keeps_lower_states and is_plain)
         self._jobs: dict[str, _Job] = {}
         self._preparation = Preparation(model, self.backend, template, judges)
         self._loss_scale = LossScale(model.dtype)

@@ -6,7 +6,7 @@ Shapes: S slots, N rows, T tokens, I in_features, O out_features, R rank (the la
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,9 @@ class LoraFamily(LayerMethod):
     """Probability of dropping an input feature of the update while training."""
     target_modules: Literal["all-linear"] | Listed[str] = "all-linear"
     """Layers to adapt: `all-linear`, or endings of module paths."""
+    layers_to_transform: Listed[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """Only in these decoder layers, by number from 0; None is all. Where no trial of a pack adapts
+    the lower ones, those are computed once a row and not once a step."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     loraplus_lr_ratio: float = Field(1.0, ge=1)
@@ -116,7 +119,7 @@ class LoraFamily(LayerMethod):
         Raises:
             ConfigError: A target matches nothing, or `r`, as saved, exceeds a layer's smaller side.
         """
-        sites = select_sites(linears, self.target_modules)
+        sites = select_sites(linears, self.target_modules, layers=self.layers_to_transform)
         for site in sites:
             side = min(site.in_features, site.out_features)
             largest = side // 2 if self.keeps_first_pair else side

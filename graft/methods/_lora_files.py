@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from graft.core.errors import AdapterError
 from graft.methods._lora_family import LoraFamily
 from graft.methods._state import joined_state, split_state
-from graft.methods.targets import explicit_targets
+from graft.methods.targets import explicit_targets, peft_layers
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ def lora_files(
         lora_alpha=method.lora_alpha,
         lora_dropout=method.lora_dropout,
         target_modules=explicit_targets(method.target_modules, tensors),
+        layers_to_transform=method.layers_to_transform and list(method.layers_to_transform),
         use_rslora=method.use_rslora,
         use_dora=use_dora,
         bias="none",
@@ -81,6 +82,7 @@ def read_lora_files(
             "lora_alpha": config.get("lora_alpha"),
             "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": config.get("use_rslora", False),
+            "layers_to_transform": peft_layers(config.get("layers_to_transform")),
             "target_modules": sorted({s.rsplit(".", 1)[-1] for s in tensors})
             if isinstance(config.get("target_modules"), str)
             else list(config.get("target_modules") or ()),

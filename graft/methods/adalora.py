@@ -9,7 +9,7 @@ Shapes: S slots, N rows, T tokens, I in_features, O out_features, R rank (the la
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,12 @@ from graft.core.model import Listed
 from graft.core.spaces import Choice, Float, Space
 from graft.methods.base import METHODS, Method, Site, Surroundings
 from graft.methods.layerwise import FrozenLayer, LayerMethod
-from graft.methods.targets import explicit_targets, require_rank_fits, select_sites
+from graft.methods.targets import (
+    explicit_targets,
+    peft_layers,
+    require_rank_fits,
+    select_sites,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +53,8 @@ class AdaloraMethod(LayerMethod):
     """Probability of dropping an input feature of the update while training."""
     target_modules: Literal["all-linear"] | Listed[str] = "all-linear"
     """Layers to adapt: `all-linear`, or endings of module paths."""
+    layers_to_transform: Listed[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """Only in these decoder layers, by number from 0; None is all."""
     tinit: int | None = Field(None, ge=0)
     """Steps before ranks are cut; None means 4 % of `train.steps`."""
     tfinal: int | None = Field(None, ge=0)
@@ -121,7 +128,7 @@ class AdaloraMethod(LayerMethod):
         Raises:
             ConfigError: A target matches nothing, or `init_r` exceeds a layer's smaller side.
         """
-        sites = select_sites(linears, self.target_modules)
+        sites = select_sites(linears, self.target_modules, layers=self.layers_to_transform)
         require_rank_fits(sites, self.init_r, field="init_r")
         return sites
 
@@ -243,14 +250,13 @@ class AdaloraMethod(LayerMethod):
         targets = explicit_targets(self.target_modules, tensors)
         pattern, tensors = without_cut_ranks(tensors)
         tinit, tfinal = self.tinit or 0, self.tfinal or 0
+        settings = self.model_dump(mode="json", exclude={"type", "target_modules"})
         config = AdaLoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
             inference_mode=True,
             target_modules=targets,
-            **self.model_dump(exclude={"type", "target_modules", "tinit", "tfinal"}),
-            tinit=tinit,
-            tfinal=tfinal,
+            **{**settings, "tinit": tinit, "tfinal": tfinal},
             # PEFT refuses to load without a schedule, which only training reads.
             total_step=tinit + tfinal + 1,
             rank_pattern=pattern,
@@ -277,6 +283,7 @@ class AdaloraMethod(LayerMethod):
         )
         targets = config.get("target_modules")
         given = {key: config[key] for key in cls.model_fields if key in config and key != "type"}
+        given["layers_to_transform"] = peft_layers(config.get("layers_to_transform"))
         if not isinstance(targets, list):
             given["target_modules"] = list(tensors)
         method = cls.model_validate(given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from graft.core.errors import ConfigError
 from graft.methods.base import FusedSize, Site
@@ -17,6 +18,7 @@ def select_sites(
     targets: str | tuple[str, ...],
     *,
     field: str = "target_modules",
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[Site, ...]:
     """Picks the layers whose path is, or ends with, one of the targets.
 
@@ -26,16 +28,24 @@ def select_sites(
             and routers of a mixture-of-experts base are not in `all-linear`, and experts have to be
             named as such: `experts.down_proj` is that of all experts, `experts.3.down_proj` of one.
         field: Of the method, for the message.
+        layers: Only of these decoder layers, by number; None is all.
 
     Raises:
-        ConfigError: A target matches no layer; the nearest names are in the message.
+        ConfigError: A target matches no layer; the nearest names are in the message. Or none of
+            `layers` has a target.
     """
     if targets == ALL_LINEAR:
-        return tuple(
-            Site(name, *shape)
-            for name, shape in linears.items()
-            if not isinstance(shape, FusedSize)
-        )
+        chosen = {name for name, shape in linears.items() if not isinstance(shape, FusedSize)}
+    else:
+        chosen = _named(linears, targets, field)
+    if layers is not None:
+        chosen = _of_layers(linears, chosen, layers)
+    return tuple(Site(name, *shape) for name, shape in linears.items() if name in chosen)
+
+
+def _named(
+    linears: dict[str, tuple[int, int]], targets: str | tuple[str, ...], field: str
+) -> set[str]:
     wanted = (targets,) if isinstance(targets, str) else targets
     matched = {
         target: [name for name, shape in linears.items() if _is_named(name, shape, target)]
@@ -50,8 +60,35 @@ def select_sites(
                 f"near names: {', '.join(near)}"
                 + (f" (or {ALL_LINEAR!r})" if field == "target_modules" else "")
             )
-    chosen = {name for names in matched.values() for name in names}
-    return tuple(Site(name, *shape) for name, shape in linears.items() if name in chosen)
+    return {name for names in matched.values() for name in names}
+
+
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+"""Finds a decoder layer's number in a path as PEFT does."""
+
+
+def _of_layers(
+    linears: dict[str, tuple[int, int]], names: set[str], layers: tuple[int, ...]
+) -> set[str]:
+    numbers = {name: int(m[1]) for name in linears if (m := _LAYER.match(name))}
+    if odd := sorted(set(layers) - set(numbers.values())):
+        there = f"0 to {max(numbers.values())}" if numbers else "not numbered"
+        raise ConfigError(
+            f"method.layers_to_transform: the base has no layer {odd[0]}; its layers are {there}"
+        )
+    fused = next((name for name in sorted(names) if isinstance(linears[name], FusedSize)), None)
+    if fused is not None:
+        raise ConfigError(
+            f"method.layers_to_transform: {fused} is an expert or router, which it cannot pick; "
+            f"name its layer in method.target_modules instead: {fused}"
+        )
+    found = {name for name in names if numbers.get(name) in layers}
+    if not found:
+        raise ConfigError(
+            f"method.layers_to_transform: no layer of {list(layers)} has one of "
+            "method.target_modules; name other layers or other modules"
+        )
+    return found
 
 
 _EXPERT = re.compile(r"\.\d+(?=\.[^.]+$)")
@@ -96,3 +133,10 @@ def explicit_targets(targets: str | tuple[str, ...], sites: Iterable[str]) -> li
     if isinstance(targets, str):
         return sorted({site.rsplit(".", 1)[-1] for site in sites})
     return sorted(targets)
+
+
+def peft_layers(given: Any) -> Any:
+    """Returns PEFT's `layers_to_transform` as a list, whatever it was; None where it names none."""
+    if given is None or given == []:
+        return None
+    return [given] if isinstance(given, int) else given

@@ -23,7 +23,7 @@ from graft.engine.backends.optimizers import make_optimizer, read_moments, write
 from graft.engine.backends.torch import groups_by_scale
 from graft.engine.multi import MultiAdapterModel
 from graft.engine.multi.layer import RoutedLinear
-from graft.engine.recompute import decoder_layers
+from graft.engine.multi.lower_layers import decoder_layers
 from graft.recipe.sections import ScaleSection, TrainSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -166,9 +166,11 @@ def _of_all_layers(
 
 
 def _treats_layers_alike(shape: ModelShape, method: Method) -> bool:
-    """Says whether a method has the same tensors at each decoder layer."""
+    """Says whether a method has the same tensors at each decoder layer, however many there are."""
     if not isinstance(method, LayerMethod):
         return True
+    if getattr(method, "layers_to_transform", None) is not None:  # names that short stacks lack
+        return False
     layers: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for site in method.sites(shape.linears):
         index, inside = split_layer(site.name)

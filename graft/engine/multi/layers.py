@@ -57,6 +57,11 @@ class LayerSlots:
         return bool(self._fused.weights.keys() & self._layers.keys())
 
     @property
+    def adapted(self) -> frozenset[str]:
+        """Paths of the layers that slots adapt."""
+        return frozenset(site.name for sites in self._sites.values() for site in sites)
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """The same layers themselves, unwrapped."""
         return dict(self._linears)

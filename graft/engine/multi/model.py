@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ from graft.engine.multi.heads import SlotHeads
 from graft.engine.multi.holder import SlotHolder
 from graft.engine.multi.layer import ActiveRouting
 from graft.engine.multi.layers import LayerSlots
+from graft.engine.multi.lower_layers import LowerLayers
 from graft.engine.multi.prefix import PrefixCache
 from graft.engine.multi.prompts import PromptSlots
 from graft.engine.multi.routing import Routing
@@ -57,8 +58,9 @@ class MultiAdapterModel:
             raise ModelError(f"{type(base).__name__} has no output head; a causal model is needed")
         self._active = ActiveRouting()
         self.layers = LayerSlots(base, head, self._active)
+        self.lower = LowerLayers(base, self._adapted)
         self.prompts = PromptSlots(base, self._active)
-        self.whole = WholeSlots(base, self.layers.unwrap)
+        self.whole = WholeSlots(base, self.unwrap)
         self.heads = SlotHeads(base)
         self.slots: dict[str, Slot] = {}
 
@@ -137,6 +139,7 @@ class MultiAdapterModel:
         if head is not None:
             self.heads.add(name, self._placed(head), trainable=trainable)
         self.slots[name] = Slot(name, method)
+        self.lower.slots_changed()
         return self.slots[name]
 
     def fresh_tensors(
@@ -203,6 +206,7 @@ class MultiAdapterModel:
         self.heads.remove(name)
         self._holder_of(name).remove(name)
         del self.slots[name]
+        self.lower.slots_changed()
         self._active.slots = []
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -227,6 +231,16 @@ class MultiAdapterModel:
             yield self._active.observed
         finally:
             self._active.observed = None
+
+    def unwrap(self) -> None:
+        """Takes all wrappers off the base; there are no slots on it."""
+        self.lower.forget()
+        self.layers.unwrap()
+
+    def _adapted(self) -> Collection[str] | None:
+        """Paths of the layers that slots adapt; None where a slot does more than that."""
+        methods = [slot.method for slot in self.slots.values()]
+        return self.layers.adapted if all(isinstance(m, LayerMethod) for m in methods) else None
 
     def routing_as_now(self) -> AbstractContextManager[None]:
         """Returns a context in which layers see the rows of the latest forward pass until now."""

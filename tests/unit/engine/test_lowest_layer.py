@@ -47,14 +47,16 @@ class Seen:
         self.reached[at] = True
 
 
-def step(lowest: dict[str, int], threads: int, *, recompute: bool = False) -> tuple[Seen, Trainer]:
+def step(
+    lowest: dict[str, int], threads: int, *, recompute: bool = False, keeps: bool = False
+) -> tuple[Seen, Trainer]:
     """Steps a pack once, in which each slot adapts a layer and those above it."""
     torch.set_num_threads(threads)
     model = MultiAdapterModel(tiny_model(num_layers=LAYERS))
     if recompute:
         recompute_layers(model)
     seen = Seen(model)
-    trainer = Trainer(model)
+    trainer = Trainer(model, keeps_lower_states=keeps)
     for method, first in lowest.items():
         targets = [f"layers.{at}.self_attn.v_proj" for at in range(first, LAYERS)]
         recipe = make_recipe(
@@ -81,6 +83,16 @@ def test_layers_below_the_lowest_adapted_one_record_nothing(
     passes = seen.runs[0] if lowest else seen.runs[0] // (1 + recompute)
     again = [passes * (2 if recompute and at else 1) for at in is_adapted]
     assert seen.runs == again, "a layer below is computed once, a recomputed one twice"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_nothing_is_recorded_there_where_their_states_are_kept(
+    threads: Any, lanes: int, recompute: bool
+) -> None:
+    seen, trainer = step({"lora": 2, "dora": 3}, lanes, recompute=recompute, keeps=True)
+    assert trainer.model.lower.num_bytes > 0
+    assert seen.recorded == seen.reached == [False, False, True, True]
 
 
 def test_what_a_pack_records_ends_where_its_lowest_slot_has_left(threads: Any) -> None:

@@ -292,3 +292,12 @@ def test_a_bare_name_means_no_expert_and_the_near_name_is_told() -> None:
     model = MultiAdapterModel(tiny_moe())
     with pytest.raises(ConfigError, match=r"near names: .*experts\.down_proj"):
         model.add_slot("a", lora("down_proj"))
+
+
+def test_layers_to_transform_does_not_pick_experts() -> None:
+    model = MultiAdapterModel(tiny_moe())
+    method = lora("q_proj", *EXPERTS).model_copy(update={"layers_to_transform": (1,)})
+    with pytest.raises(ConfigError, match=r"layers_to_transform: .* is an expert or router"):
+        method.sites(model.linears)
+    only = lora("q_proj").model_copy(update={"layers_to_transform": (1,)})
+    assert [site.name for site in only.sites(model.linears)] == ["model.layers.1.self_attn.q_proj"]

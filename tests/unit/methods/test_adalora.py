@@ -275,3 +275,16 @@ def test_it_trains_on_a_quantized_base(quantization: str, quantized: Any) -> Non
     trainer.join("own", recipe(AdaloraMethod(), steps=4, batch_size=24, lr=2e-2), ROWS)
     losses = [trainer.step()["own"].loss for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_layers_to_transform_is_pefts(tmp_path: Path) -> None:
+    upper = METHOD.model_copy(update={"layers_to_transform": (1,)})
+    same_logits_as_peft(upper, tmp_path)
+    round_trip(upper, tmp_path)
+    config = AdaLoraConfig(
+        init_r=6, target_r=3, total_step=10, target_modules=["q_proj"], layers_to_transform=[1],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    method = same_logits_here(config, tmp_path).method
+    assert isinstance(method, AdaloraMethod)
+    assert method.layers_to_transform == (1,)

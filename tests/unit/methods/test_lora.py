@@ -379,3 +379,40 @@ def test_a_run_taken_from_the_base_goes_on_from_its_state() -> None:
     ends = [trainer.state("own").tensors for trainer in (first, second)]
     for site, tensors in ends[0].items():
         assert all(torch.equal(value, ends[1][site][key]) for key, value in tensors.items())
+
+
+def test_layers_to_transform_is_pefts(tmp_path: Path) -> None:
+    upper = lora(layers_to_transform=[1])
+    same_logits_as_peft(upper, tmp_path)
+    round_trip(upper, tmp_path)
+    everywhere = lora(target_modules="all-linear", layers_to_transform=[1])
+    same_logits_as_peft(everywhere, tmp_path / "all")
+    for number, given in enumerate((1, [1], [0, 1], [])):
+        config = LoraConfig(
+            r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"],
+            layers_to_transform=given, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        read = same_logits_here(config, tmp_path / str(number))
+        assert isinstance(read.method, LoraMethod)
+        assert read.method.layers_to_transform == {0: (1,), 1: (1,), 2: (0, 1), 3: None}[number]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layers_to_transform": [2]}, "has no layer 2; its layers are 0 to 1"),
+        (
+            {"layers_to_transform": [0], "target_modules": ["layers.1.mlp.up_proj"]},
+            r"no layer of \[0\] has one of method.target_modules",
+        ),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        lora(**settings).sites(MultiAdapterModel(tiny_model()).linears)
+
+
+@pytest.mark.parametrize("given", [[], [-1], 3])
+def test_layers_that_cannot_be_are_refused(given: Any) -> None:
+    with pytest.raises(ValidationError, match="layers_to_transform"):
+        lora(layers_to_transform=given)
