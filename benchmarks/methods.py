@@ -3,18 +3,24 @@
     python -m benchmarks.methods --json OUT [--quick]
 
 Both sides of a method run in a process of their own, hold the same base, start from the same
-adapter and read the same rows; they take turns, a few steps each, so that a busy machine is busy
+weights and read the same rows; they take turns, a few steps each, so that a busy machine is busy
 for both. Before anything is timed their losses must agree. The plain loop is what anybody would
 write: transformers' forward pass with labels, PEFT's model, torch's fused AdamW, one clip.
+
+`qlora` and `qdora` are LoRA and DoRA on an NF4 base, on both sides the same one. `peft` is VeRA of
+PEFT on both sides: what our loop around it costs. What PEFT has not stands in the plain loop alone,
+and its figures are `NAME_speed_vs_plain`: `full` trains all weights, `half` those that ours picks
+in a round, and `bottleneck`, `memory` and `mixture` are modules written by hand (`_plain_layers`).
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks._race import (
     LOSSES_AGREE,
@@ -28,40 +34,61 @@ from benchmarks._race import (
     race_figures,
 )
 from benchmarks._result import write_result
+from graft.methods._own_weights import OwnWeightsMethod
+from graft.methods.half import HalfMethod
+from graft.methods.ptuning import PtuningMethod
+from graft.methods.virtual import SITE
 from graft.recipe.sections import Recipe
 
+if TYPE_CHECKING:
+    import torch
+
+    from graft.methods.base import AdapterTensors, Method
+
 DATA = Path(__file__).parents[1] / "examples" / "smart_home" / "data"
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"type": "lora", "r": 16},
-    "dora": {"type": "dora", "r": 16},
+OWN_TENSORS = "own.safetensors"
+
+
+class Raced(NamedTuple):
+    """One race."""
+
+    method: dict[str, Any]
+    quantization: str = "none"
+
+
+LORA, DORA = {"type": "lora", "r": 16}, {"type": "dora", "r": 16}
+METHODS: dict[str, Raced] = {
+    "lora": Raced(LORA),
+    "ia3": Raced({"type": "ia3"}),
+    "dora": Raced(DORA),
+    "qlora": Raced(LORA, "nf4"),
+    "qdora": Raced(DORA, "nf4"),
     # Both sides cut ranks from the first step on; both add the same penalty, too small to be seen.
-    "adalora": {"type": "adalora", "tinit": 0, "tfinal": 0, "orth_reg_weight": 1e-9},
-    "ia3": {"type": "ia3"},
-    "prompt": {"type": "prompt"},
-    "prefix": {"type": "prefix"},
-    "ptuning": {"type": "ptuning"},
-    "full": {"type": "full"},
+    "adalora": Raced({"type": "adalora", "tinit": 0, "tfinal": 0, "orth_reg_weight": 1e-9}),
+    "prompt": Raced({"type": "prompt"}),
+    "prefix": Raced({"type": "prefix"}),
+    "ptuning": Raced({"type": "ptuning"}),
+    "peft": Raced({"type": "peft", "peft_type": "VERA"}),
+    "full": Raced({"type": "full"}),
+    "half": Raced({"type": "half"}),
+    "bottleneck": Raced({"type": "bottleneck"}),
+    "memory": Raced({"type": "memory"}),
+    "mixture": Raced({"type": "mixture"}),
 }
 
 
-LOSSES_DIFFER = {"ptuning"}
-"""Each side draws an encoder of its own."""
-
-
 class Ours:
-    """GRAFT's trainer with one slot."""
+    """GRAFT's trainer with one slot; writes the weights that theirs starts from."""
 
     def __init__(self, recipe: Recipe, home: Path, start: Path) -> None:
-        from graft.compressors.base import Adapter
-        from graft.compressors.folder import save_adapter
         from graft.engine.run import load_run
         from graft.engine.train import Trainer
 
         self._run = load_run(recipe, home)
         self._trainer = Trainer(self._run.model)
         self._trainer.join("own", recipe, self._run.prepared.train)
-        if recipe.method.type != "full":
-            save_adapter(start, Adapter(recipe.method, self._run.model.tensors("own")), "base")
+        if not isinstance(recipe.method, OwnWeightsMethod):  # which starts from the base itself
+            save_start(start, recipe.method, self._run.model.tensors("own"))
 
     def step(self) -> float:
         """One step of the slot."""
@@ -69,29 +96,27 @@ class Ours:
 
 
 class Theirs:
-    """PEFT and a plain loop; for `full` the loop alone, with fp32 weights under autocast."""
+    """PEFT and a plain loop, or the loop alone; weights of a bf16 base train in fp32, autocast."""
 
     def __init__(self, recipe: Recipe, home: Path, start: Path) -> None:
         from graft.engine.run import load_run
 
         run = load_run(recipe, home)
         self._recipe, self._rows = recipe, run.prepared.train
-        base = run.model.base
-        self._is_mixed = recipe.method.type == "full" and recipe.model.dtype == "bf16"
-        if recipe.method.type == "full":
-            self._model: Any = base.float() if self._is_mixed else base
-            self._model.requires_grad_(True)
-        else:
-            self._model = _with_peft(base, recipe, start)
+        is_whole = isinstance(recipe.method, OwnWeightsMethod)
+        self._is_mixed = is_whole and recipe.model.dtype == "bf16"
+        base = run.model.base.float() if self._is_mixed else run.model.base
+        self._model = base.requires_grad_(True) if is_whole else _adapted(base, recipe, start)
         self._model.train()
-        trained = [p for p in self._model.parameters() if p.requires_grad]
-        self._loop = PlainLoop(trained, recipe.train, len(self._rows))
+        self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        self._loop = PlainLoop(list(self._trained.values()), recipe.train, len(self._rows))
 
     def step(self) -> float:
         """One step of the loop, on the rows that our trainer takes."""
         import torch
 
         rows = [self._rows[at] for at in self._loop.begin()]
+        self._freeze_a_half()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._is_mixed):
             loss = self._model(**padded(rows)).loss
         found = self._loop.update(loss)
@@ -99,23 +124,65 @@ class Theirs:
             self._model.base_model.update_and_allocate(self._loop.step - 1)
         return found
 
+    def _freeze_a_half(self) -> None:
+        method = self._recipe.method
+        if not isinstance(method, HalfMethod):
+            return
+        names, seed = list(self._trained), self._recipe.train.seed
+        chosen = method.trained_at(names, self._loop.step, seed)
+        for name, parameter in self._trained.items():
+            parameter.requires_grad_(name in chosen)
 
-def _with_peft(base: Any, recipe: Recipe, start: Path) -> Any:
-    """PEFT's model on the base, at the weights that our side starts from."""
-    from peft import PromptEncoderConfig, get_peft_model
 
-    if recipe.method.type == "ptuning":
-        # Files of this method hold what its encoder put out; training needs the encoder itself.
-        config = PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=recipe.method.model_dump()["num_virtual_tokens"],
-            encoder_hidden_size=base.config.hidden_size,
-        )
-        return get_peft_model(base, config)
-    schedule = {"total_step": recipe.train.steps} if recipe.method.type == "adalora" else {}
-    model = get_peft_model(base, peft_config(start, **schedule))
-    load_weights(model, start)
+def _adapted(base: Any, recipe: Recipe, start: Path) -> Any:
+    """The base with the adapter on it that our side starts from: PEFT's, or one by hand."""
+    from peft import get_peft_model
+
+    from benchmarks._plain_layers import put_on
+
+    if not recipe.method.is_read_by_peft:
+        return put_on(base, recipe.method, _own_tensors(start))
+    settings: dict[str, Any] = {}
+    if recipe.method.type == "adalora":
+        settings["total_step"] = recipe.train.steps
+    model = get_peft_model(base, peft_config(start, **settings))
+    if isinstance(recipe.method, PtuningMethod):
+        _load_encoder(model, _own_tensors(start)[SITE])
+    else:
+        load_weights(model, start)
     return model
+
+
+def _load_encoder(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives PEFT's prompt encoder its weights: files of this method hold what it puts out alone."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.prompt_encoder["default"].named_parameters():
+            is_embedding = name == "embedding.weight"
+            parameter.copy_(tensors["embedding" if is_embedding else name.replace(".", "_")])
+
+
+def save_start(folder: Path, method: Method, tensors: AdapterTensors) -> None:
+    """Writes an adapter as it is published, and what it trains beside."""
+    from safetensors.torch import save_file
+
+    from graft.compressors.base import Adapter
+    from graft.compressors.folder import save_adapter
+
+    save_adapter(folder, Adapter(method, tensors), "base")
+    named = {
+        f"{site}.{key}": t.contiguous() for site, of in tensors.items() for key, t in of.items()
+    }
+    save_file(named, folder / OWN_TENSORS)
+
+
+def _own_tensors(folder: Path) -> AdapterTensors:
+    from safetensors.torch import load_file
+
+    from graft.methods.base import by_site
+
+    return by_site(load_file(folder / OWN_TENSORS))
 
 
 def build(kind: type[Ours] | type[Theirs], content: dict[str, Any], home: str, start: str) -> Side:
@@ -126,20 +193,31 @@ def build(kind: type[Ours] | type[Theirs], content: dict[str, Any], home: str, s
 def race_method(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs one method's two sides in turns."""
     content = recipe_of(METHODS[name], options)
-    tolerance = None if name in LOSSES_DIFFER else LOSSES_AGREE[options.dtype]
     with tempfile.TemporaryDirectory(prefix="graft-benchmark-") as scratch:
         given = (content, str(options.home), str(Path(scratch) / "start"))
         # Ours writes what theirs starts from.
         sides = {"ours": partial(build, Ours, *given), "theirs": partial(build, Theirs, *given)}
-        return {"method": name, **race(name, sides, options, tolerance=tolerance)}
+        found = race(name, sides, options, tolerance=LOSSES_AGREE[options.dtype])
+    return {"method": name, "rival": rival_of(content), **found}
 
 
-def recipe_of(method: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def rival_of(content: dict[str, Any]) -> str:
+    """Whose figure it is: PEFT's, or the plain loop's where PEFT has no part in it."""
+    return "peft" if Recipe.model_validate(content).method.is_read_by_peft else "plain"
+
+
+def recipe_of(raced: Raced, options: argparse.Namespace) -> dict[str, Any]:
     """What both sides train."""
+    quantization = {"type": raced.quantization}
     return {
-        "model": {"source": options.model, "dtype": options.dtype, "device": "cpu"},
+        "model": {
+            "source": options.model,
+            "dtype": options.dtype,
+            "device": "cpu",
+            "quantization": quantization,
+        },
         "data": {"train": str(DATA / "train.jsonl"), "max_length": 256},
-        "method": method,
+        "method": raced.method,
         # AdaLoRA's schedule wants room; no race comes near the end.
         "train": {"steps": 4000, "batch_size": options.batch_size, "lr": 2e-4},
     }
@@ -149,7 +227,7 @@ def figures_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Speeds and memory of all methods."""
     figures: dict[str, float] = {}
     for row in rounds:
-        figures |= race_figures(row["method"], row, "peft")
+        figures |= race_figures(row["method"], row, row["rival"])
     return figures
 
 
@@ -161,6 +239,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two methods, two rounds")
     options = parser.parse_args()
     names = options.methods.split(",")
+    if unknown := [name for name in names if name not in METHODS]:
+        parser.error(f"no method is called {', '.join(unknown)}; known: {', '.join(METHODS)}")
     if options.quick:
         names, options.rounds, options.steps = names[:2], 2, 1
     rounds: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ import ast
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,56 @@ def section(name: str, record: dict[str, Any]) -> str:
         + ", ".join(f"{tool} {version}" for tool, version in versions.items())
     )
     again = f"```sh\npython -m benchmarks.{name} --json {name}.json\n```"
-    return "\n\n".join([f"## {name}", what, table(record["figures"]), f"Taken on {taken}.", again])
+    figures = TABLES[name](record) if name in TABLES else table(record["figures"])
+    return "\n\n".join([f"## {name}", what, figures, f"Taken on {taken}.", again])
 
 
 def table(figures: dict[str, float]) -> str:
     """One line a figure, with its spread where it was measured, as Markdown."""
     names = [name for name in figures if not name.endswith(SPREAD)]
-    lines = [["figure", "value", "worst", "best"], ["---", "---:", "---:", "---:"]]
+    lines = []
     for name in names:
         spread = [figures.get(f"{name}_{end}") for end in SPREAD]
         lines.append([f"`{name}`", *map(_cell, [figures[name], *spread])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(["figure", "value", "worst", "best"], lines)
+
+
+def methods_table(record: dict[str, Any]) -> str:
+    """One line a method: its race against PEFT, or against a plain loop by hand."""
+    figures, lines = record["figures"], []
+    for row in record["rounds"]:
+        method, rival = row["method"], row["rival"]
+        speed = f"{method}_speed_vs_{rival}"
+        values = [figures[name] for name in (speed, *(f"{speed}_{end}" for end in SPREAD))]
+        values.append(figures[f"{method}_memory_vs_{rival}"])
+        lines.append([f"{method} vs {RIVALS[rival]}", *map(_cell, values)])
+    return _markdown(["method", "speed", "worst", "best", "memory"], lines)
+
+
+def memory_tuning_table(record: dict[str, Any]) -> str:
+    """One line a contestant, the bare base first."""
+    base, lines = record["rounds"][0]["general_perplexity"], []
+    for row in record["rounds"]:
+        perplexity = row["general_perplexity"]
+        size = row["file_bytes"] / 1e6 if "file_bytes" in row else None
+        values = [row["recall"], perplexity, perplexity / base, size]
+        lines.append([row["name"], *map(_cell, values), str(row.get("steps", "—"))])
+    heads = ["", "recall", "perplexity on general text", "against the base", "file, MB", "steps"]
+    return _markdown(heads, lines)
+
+
+RIVALS = {"peft": "PEFT", "plain": "a plain loop"}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "methods": methods_table,
+    "memory_tuning": memory_tuning_table,
+}
+"""Of the benchmarks whose records say more in a table of their own."""
+
+
+def _markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
 
 
 def _cell(value: float | None) -> str:

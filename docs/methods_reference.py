@@ -28,7 +28,7 @@ def descriptions() -> str:
 
 
 def description(method: type[Method]) -> str:
-    """The first two paragraphs of its module, and the reference of its class."""
+    """The first two paragraphs of its module, its reference, and its learning rate."""
     name = method.model_fields["type"].default
     source = (inspect.getdoc(method) or "").partition("Reference:")[2]
     module = inspect.getdoc(inspect.getmodule(method)) or ""
@@ -38,7 +38,8 @@ def description(method: type[Method]) -> str:
         r"[arXiv \1](https://arxiv.org/abs/\1)",
         " ".join(source.split()),
     )
-    return "\n\n".join([f"### `{name}`", " ".join(words), linked])
+    rate = f"`train.lr`, where a recipe leaves it out: {method.default_lr:g}."
+    return "\n\n".join([f"### `{name}`", " ".join(words), linked, rate])
 
 
 def paragraphs(text: str) -> list[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class OwnWeightsMethod(WholeMethod):
     """A method that trains weights of the base in place; its artifact is a whole model."""
 
+    default_lr: ClassVar[float] = 2e-5
     mergeable: ClassVar[bool] = True
     is_read_by_peft: ClassVar[bool] = False
     artifact_kind: ClassVar[Literal["adapter", "full"]] = "full"

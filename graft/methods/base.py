@@ -99,6 +99,8 @@ class Method(Variant):
     """A fresh adapter changes no output."""
     is_read_by_peft: ClassVar[bool] = True
     """PEFT loads its files; else they hold a form of our own."""
+    default_lr: ClassVar[float] = 2e-4
+    """`train.lr` where a recipe leaves it out."""
     artifact_kind: ClassVar[Literal["adapter", "full"]] = "adapter"
     """It is published as an adapter of the base, or as a whole model (`full`)."""
     peft_only_fields: ClassVar[frozenset[str]] = frozenset()

@@ -58,6 +58,7 @@ class BottleneckMethod(OwnFilesMethod):
     feedforward_modules: Listed[str] | None = None
     """The same of feed-forward blocks."""
 
+    default_lr: ClassVar[float] = 3e-4
     packable: ClassVar[bool] = True
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})

@@ -54,6 +54,7 @@ class Ia3Method(LayerMethod):
     """Those of them that are scaled at the input: `auto` (layers of a feed-forward block, by their
     usual names), or endings of module paths."""
 
+    default_lr: ClassVar[float] = 5e-3
     packable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     servable: ClassVar[frozenset[str]] = frozenset({"native"})

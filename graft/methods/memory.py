@@ -55,6 +55,7 @@ class MemoryMethod(OwnFilesMethod):
     target_modules: Literal["auto", "all-linear"] | Listed[str] = "auto"
     """Layers with a bank: endings of module paths, or `auto`: the output layers of a few MLPs."""
 
+    default_lr: ClassVar[float] = 5e-3
     packable: ClassVar[bool] = True
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     quantized_base: ClassVar[frozenset[str]] = frozenset({"int8", "nf4"})

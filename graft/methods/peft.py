@@ -59,6 +59,7 @@ class PeftMethod(WholeMethod):
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of PEFT's config class, under PEFT's names; others keep PEFT's defaults."""
 
+    default_lr: ClassVar[float] = 1e-3
     mergeable: ClassVar[bool] = True
     is_identity_at_start: ClassVar[bool] = False
     knows_every_peft_field: ClassVar[bool] = True

@@ -54,6 +54,7 @@ class PrefixMethod(VirtualMethod):
     encoder_hidden_size: int | None = Field(None, ge=1)
     """Of that network; None is the size of a key."""
 
+    default_lr: ClassVar[float] = 1e-3
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     peft_only_fields: ClassVar[frozenset[str]] = PEFT_FIELDS | {"init_weights"}
 

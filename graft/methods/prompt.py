@@ -44,6 +44,7 @@ class PromptMethod(VirtualMethod):
     init_text: str | None = Field(None, min_length=1)
     """The text of `init_tokens: text`, cut or repeated to `num_virtual_tokens`."""
 
+    default_lr: ClassVar[float] = 1e-3
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     peft_only_fields: ClassVar[frozenset[str]] = PEFT_FIELDS | {
         "prompt_tuning_init",

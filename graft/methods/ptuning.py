@@ -55,6 +55,7 @@ class PtuningMethod(VirtualMethod):
     deep: bool = False
     """Virtual tokens of their own in every layer, instead of input embeddings."""
 
+    default_lr: ClassVar[float] = 1e-3
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     peft_only_fields: ClassVar[frozenset[str]] = PEFT_FIELDS | {
         "encoder_reparameterization_type",

@@ -17,8 +17,8 @@ from graft.core.files import require_writable, sha256_json, write_atomic, write_
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.pipelines.compare_contestants import ALL, Contestant, contestants
-from graft.pipelines.compare_earlier import earlier_comparison, require_budget, rows_left
-from graft.pipelines.compare_process import RunUnit, run_in_fresh_process
+from graft.pipelines.compare_earlier import earlier_comparison, require_budget, with_earlier
+from graft.pipelines.compare_process import RunUnit, UnitProcesses
 from graft.pipelines.compare_race import Race, steps_done
 from graft.pipelines.compare_rows import common_loss, front_of, with_seconds
 from graft.pipelines.compare_unit import final_metrics
@@ -95,13 +95,14 @@ def compare(
     methods: Sequence[str] = (ALL,),
     budget: int | None = None,
     progress: Progress = QUIET,
-    run_unit: RunUnit = run_in_fresh_process,
+    run_unit: RunUnit | None = None,
 ) -> Comparison:
     """Compares tuning methods, or goes on with a comparison that was interrupted.
 
-    Units run one after another, each in a process of its own, so that speed and memory are those
-    of one method alone. What refuses or breaks is a row with its reason; the others go on. Rows of
-    methods that an earlier run of this comparison had and this one does not name stay.
+    Units run one after another, each final training in a process of its own, so that speed and
+    memory are those of one method alone. What refuses or breaks is a row with its reason; the
+    others go on. Rows of methods that an earlier run had and this one does not name stay. The
+    record is written after every row; a copy of the comparison's folder goes on elsewhere.
 
     Args:
         space: The recipe; its `method` and `train.lr` are not read.
@@ -109,7 +110,7 @@ def compare(
         methods: Names of registered types and of `compare.variants`; `all` is every one.
         budget: Searched points a method; None is `search.trials`.
         progress: Told of every unit and of what it does.
-        run_unit: How a unit is run.
+        run_unit: How a unit is run; None is in processes.
 
     Raises:
         ConfigError: An unknown method, a recipe that cannot be compared with, or a comparison of
@@ -126,7 +127,7 @@ def compare(
     folder = _folder(space, home)
     require_writable(folder, "the comparison", keep=False)
     facts = _facts(space, home, progress)
-    with _only_driver(folder):
+    with _only_driver(folder), UnitProcesses() as processes:
         require_budget(folder, entered, points)
         _guard(folder, facts, entered)
         plan = _plan(space, home, entered, points)
@@ -137,18 +138,21 @@ def compare(
                 folder,
                 home=home,
                 steps=plan.steps,
-                run_unit=run_unit,
+                run_unit=run_unit or processes,
                 progress=progress,
                 task=task,
             )
-            rows = [race.row(one, _study_facts(one, facts, space)) for one in entered]
-        if earlier is not None:
-            rows += rows_left(earlier, plan)
-            race.bases = {**earlier.bases, **race.bases}
-        result = _summary(space, plan, rows, race.bases)
-        write_atomic(folder / RECORD_FILE, result.model_dump_json(indent=2) + "\n")
-        write_atomic(folder / PAGE_FILE, render_comparison(result))
+            rows: list[MethodFacts] = []
+            for one in entered:
+                rows.append(race.row(one, _study_facts(one, facts, space)))
+                result = _summary(space, plan, *with_earlier(rows, race.bases, earlier, plan))
+                _write(result, folder)
     return result
+
+
+def _write(comparison: Comparison, folder: Path) -> None:
+    write_atomic(folder / RECORD_FILE, comparison.model_dump_json(indent=2) + "\n")
+    write_atomic(folder / PAGE_FILE, render_comparison(comparison))
 
 
 def _folder(space: RecipeSpace, home: Path) -> Path:
@@ -220,7 +224,9 @@ def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
         [search.eval_rows, search.sampler, search.seed, section.search_steps],
     ]
     return _Facts(
-        model=sha256_json([ready.digest, example.model.model_dump(mode="json")]),
+        model=sha256_json(
+            [ready.digest, example.model.model_dump(mode="json", exclude={"source"})]
+        ),
         data=sha256_json([proof.digest, proof.max_length, *mixture_facts(example.data).values()]),
         general=sha256_json(general if general is None else [row.input_ids for row in general]),
         settings=sha256_json(settings),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from graft.core.errors import ConfigError
 from graft.pipelines.compare_contestants import Contestant
 from graft.pipelines.compare_race import points_done
-from graft.report.comparison_facts import Comparison, MethodFacts
+from graft.report.comparison_facts import BaseFacts, Comparison, MethodFacts
 
 if TYPE_CHECKING:
     from graft.pipelines.compare import ComparePlan
@@ -62,3 +62,22 @@ def rows_left(known: Comparison, plan: ComparePlan) -> list[MethodFacts]:
     """Rows of a comparison whose methods a run does not name: they stay."""
     named = {method.name for method in plan.methods}
     return [row for row in known.methods if row.name not in named]
+
+
+def with_earlier(
+    rows: Sequence[MethodFacts],
+    bases: dict[str, BaseFacts],
+    earlier: Comparison | None,
+    plan: ComparePlan,
+) -> tuple[list[MethodFacts], dict[str, BaseFacts]]:
+    """Adds what an earlier run has measured to what this one has until now.
+
+    Rows of methods that this run names stand until it comes to them, if their budget is its own.
+    """
+    if earlier is None:
+        return list(rows), bases
+    is_alike = (earlier.budget, earlier.num_seeds) == (plan.budget, plan.num_seeds)
+    kept = earlier.methods if is_alike else rows_left(earlier, plan)
+    done = {row.name for row in rows}
+    others = [row for row in kept if row.name not in done]
+    return [*rows, *others], {**earlier.bases, **bases}

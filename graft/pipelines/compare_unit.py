@@ -1,8 +1,9 @@
-"""One unit of a comparison, and the process that it runs in: `python -m` this module.
+"""Units of a comparison, and the process that does them: `python -m` this module.
 
-The process reads a `UnitSpec` from stdin and writes JSON lines to stdout: its progress, then its
-result or its error. Nothing else is written anywhere. When nobody reads its progress any more, it
-ends: an interrupted comparison leaves no process behind.
+The process reads a `UnitRequest` a line from stdin and writes JSON lines to stdout: a unit's
+progress, then its result or its error. Units after the first one stand on the base that it loaded;
+an error ends the process. When nobody writes requests or reads progress any more it ends, too: an
+interrupted comparison leaves no process behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -29,34 +31,84 @@ if TYPE_CHECKING:
     from graft.metrics.base import Metric
     from graft.recipe.sections import Recipe
 
+_OWN_SECTIONS = ("method", "train")
+"""Of a recipe: these say nothing of what is loaded."""
+
 
 class UnitSpec(StrictModel):
-    """What a unit's process is given."""
+    """What is to be done."""
 
     kind: Literal["base", "point", "seed"]
     recipe: dict[str, Any]
     """Resolved; its `train` section says how long and on which seed."""
     home: str
 
+    def may_follow(self, other: UnitSpec) -> bool:
+        """Tells whether it can be done in another unit's process, on what that has loaded.
+
+        A final training never shares one: its memory is to be its own.
+        """
+        is_measured = "seed" in (self.kind, other.kind)
+        return not is_measured and (self.home, self._loads) == (other.home, other._loads)
+
+    @property
+    def _loads(self) -> dict[str, Any]:
+        return {name: part for name, part in self.recipe.items() if name not in _OWN_SECTIONS}
+
+
+class UnitRequest(StrictModel):
+    """What a unit's process is asked."""
+
+    spec: UnitSpec
+    log: str
+    """File that takes what libraries print."""
+
 
 def run_unit(spec: UnitSpec, progress: Progress) -> StrictModel:
-    """Does the unit's work in this process.
+    """Does one unit's work in this process.
 
     Raises:
         ConfigError: The method does not fit the base.
         TrainingError: Loss or weights are not finite.
     """
+    return UnitRunner().run(spec, progress)
+
+
+class UnitRunner:
+    """Does units in this process, one after another; each `may_follow` the one before."""
+
+    def __init__(self) -> None:
+        self._loaded: LoadedRun | None = None
+
+    def run(self, spec: UnitSpec, progress: Progress) -> StrictModel:
+        """Does a unit's work on a bare base, loaded by the first one.
+
+        Raises:
+            ConfigError: The method does not fit the base.
+            TrainingError: Loss or weights are not finite; the base is not bare any more.
+        """
+        recipe = _recipe(spec)
+        if self._loaded is not None and self._loaded.model.slots:
+            self._loaded = None  # a reward model stays on the base that it judged on
+        if self._loaded is None:
+            self._loaded = _load(recipe, Path(spec.home))
+        return _WORK[spec.kind](replace(self._loaded, recipe=recipe), progress)
+
+
+def _recipe(spec: UnitSpec) -> Recipe:
     from graft.recipe.sections import Recipe
 
-    recipe = Recipe.model_validate_json(json.dumps(spec.recipe))
+    return Recipe.model_validate_json(json.dumps(spec.recipe))
+
+
+def _load(recipe: Recipe, home: Path) -> LoadedRun:
     import torch
 
     from graft.engine.run import load_run
 
     if recipe.scale.threads is not None:
         torch.set_num_threads(recipe.scale.threads)
-    run = load_run(recipe, Path(spec.home))
-    return _WORK[spec.kind](run, progress)
+    return load_run(recipe, home)
 
 
 def _measure_base(run: LoadedRun, progress: Progress) -> BaseFacts:
@@ -81,6 +133,8 @@ def _search_point(run: LoadedRun, progress: Progress) -> PointFacts:
             seconds += step.seconds
             task.advance(loss=step.loss)
     metrics = measure(run, SLOT, run.recipe.search.eval_rows)
+    trainer.leave(SLOT)  # the next unit of this process begins with a bare base
+    run.model.weights_changed()
     return PointFacts(metrics=metrics, steps=run.recipe.train.steps, seconds=seconds)
 
 
@@ -274,19 +328,31 @@ class PipeProgress(Progress):
 
 
 def main() -> None:
-    """Runs the unit that stdin names."""
+    """Does the units that stdin asks for, one after another."""
     from graft.core.process import prepare_process
 
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # stdout is for progress and results alone
     prepare_process()
-    progress = PipeProgress(stream)
-    try:
-        result = run_unit(UnitSpec.model_validate_json(sys.stdin.read()), progress)
-    except GraftError as error:
-        progress.send("error", type=type(error).__name__, message=str(error))
-    else:
+    progress, units = PipeProgress(stream), UnitRunner()
+    for line in sys.stdin:
+        request = UnitRequest.model_validate_json(line)
+        _log_to(request.log)
+        try:
+            result = units.run(request.spec, progress)
+        except GraftError as error:
+            progress.send("error", type=type(error).__name__, message=str(error))
+            return
         progress.send("result", result=result.model_dump(mode="json"))
+
+
+def _log_to(path: str) -> None:
+    """Lets what libraries print go to a file."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.close(log)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,6 +35,7 @@ class TrainSection(StrictModel):
     batch_size: int = Field(8, ge=1)
     """Rows a step, over all workers and micro-batches; it need not divide evenly."""
     lr: float = Field(2e-4, gt=0)
+    """Left out of a recipe it is the method's own default (`docs/methods.md`), 2e-4 for LoRA."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the learning rate after warm-up; `linear` and `cosine` end at 0."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
@@ -278,6 +279,19 @@ class Recipe(StrictModel):
     def needs_reference(self) -> bool:
         """Tells whether training compares with the model as it was."""
         return any("reference" in part.objective.needs for part in self.parts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def left_out_lr_is_the_methods_own(cls, given: Any) -> Any:
+        """Fills in `train.lr`: what suits one method is a hundred times too much for another."""
+        if not isinstance(given, dict):
+            return given
+        method, train = given.get("method", {}), given.get("train", {})
+        is_raw = isinstance(method, dict)
+        kind = method.get("type", "lora") if is_raw else getattr(method, "type", method)
+        if not isinstance(train, dict) or "lr" in train or kind not in METHODS.names():
+            return given
+        return {**given, "train": {**train, "lr": METHODS.get(kind).default_lr}}
 
     @field_validator("name")
     @classmethod

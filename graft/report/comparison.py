@@ -48,8 +48,8 @@ def explanation(comparison: Comparison) -> str:
     return (
         f"Each method was searched over {c.budget} points of {c.search_steps} steps in its own "
         f"vetted space, ranked by {c.searched}; its best was trained {c.num_seeds} times for "
-        f"{c.steps} steps of {c.batch_size} rows, on seeds that the search had not seen. Every "
-        "training ran alone, in a process of its own. Values are means over these trainings, "
+        f"{c.steps} steps of {c.batch_size} rows, on seeds that the search had not seen. Each of "
+        "these ran alone, in a process of its own. Values are means over them, "
         "intervals reach from the lowest to the highest end of their bootstrap intervals "
         f"over held-out rows. {_MEMORY_WORDS[memory]} Seconds to the same loss: training time "
         f"until the lowest held-out loss that all methods reached{loss}, those aside that never "

@@ -196,8 +196,11 @@ def record_of(frozen: Any, continued_by: int | None = None) -> TrialRecord:
 
 
 def trial_digest(recipe: Recipe) -> str:
-    """Names what a trial trains, whatever is searched, served or watched around it."""
-    sections = ("model", "data", "method", "objective", "train")
+    """Names what a trial trains on the base and the rows of its study.
+
+    Where those are is not in it: a copy of the study elsewhere has the same trials.
+    """
+    sections = ("method", "objective", "train")
     return sha256_json({name: recipe.model_dump(mode="json")[name] for name in sections})
 
 

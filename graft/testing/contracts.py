@@ -59,6 +59,16 @@ class MethodContract(VariantContract):
     def test_search_space_is_inside_the_field_bounds(self, variant: Method) -> None:
         require_bounds(variant)
 
+    def test_its_default_learning_rate_is_one_that_it_is_searched_with(
+        self, variant: Method
+    ) -> None:
+        from graft.recipe.holes import contains
+
+        searched = variant.search_space().get("train.lr")
+        if searched is None:
+            pytest.skip("the method searches no learning rate")
+        assert contains(searched, variant.default_lr)
+
     def test_the_same_seed_gives_the_same_tensors(
         self, variant: Method, routed: MultiAdapterModel
     ) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -17,11 +19,11 @@ from graft.core.progress import QUIET, Progress
 from graft.methods.base import METHODS
 from graft.methods.lora import LoraMethod
 from graft.pipelines.compare import Comparison, compare, plan_compare
-from graft.pipelines.compare_process import UnitCrashError, run_in_fresh_process
+from graft.pipelines.compare_process import UnitCrashError, UnitProcesses
 from graft.pipelines.compare_rows import common_loss, seconds_to, with_seconds
-from graft.pipelines.compare_unit import UnitSpec, run_unit
+from graft.pipelines.compare_unit import UnitRunner, UnitSpec, run_unit
 from graft.recipe.load import load_recipe, to_yaml
-from graft.report.comparison_facts import LossPoint, MethodFacts, SeedFacts
+from graft.report.comparison_facts import LossPoint, MethodFacts, PointFacts, SeedFacts
 from graft.report.comparison_table import columns
 
 VARIANTS = [
@@ -151,6 +153,39 @@ def test_a_killed_comparison_goes_on_where_it_stopped(recipe_file: Path, breaks_
     third = Units()
     assert compared(recipe_file, third, ["small"]).methods == result.methods
     assert not third.done
+
+
+def test_a_copy_of_the_folder_goes_on_elsewhere(
+    recipe_file: Path, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    first = Units(4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):  # in the second method's only point
+        compared(recipe_file, first)
+    here, there = recipe_file.parent / "home" / "comparisons", tmp_path / "elsewhere"
+    shutil.copytree(model_folder, there / "model")
+    shutil.copytree(data_folder, there / "data")
+    shutil.copy(recipe_file.parent / "general.jsonl", there)
+    shutil.copytree(here, there / "home" / "comparisons")
+    text = recipe_file.read_text().replace(str(model_folder), str(there / "model"))
+    (there / "recipe.yaml").write_text(text.replace(str(data_folder), str(there / "data")))
+    second = Units()
+    result = compared(there / "recipe.yaml", second)
+    assert first.kinds + second.kinds == ["base", *["point", "seed", "seed"] * 2]
+    kept = Comparison.model_validate_json((here / "tiny" / "comparison.json").read_text())
+    assert [row.name for row in kept.methods] == ["small"]
+    assert result.methods[0].seeds == kept.methods[0].seeds
+    assert [row.state for row in result.methods] == ["done", "done"]
+
+
+def test_a_row_stands_until_the_next_run_comes_to_it(recipe_file: Path) -> None:
+    first = compared(recipe_file, Units())
+    page = recipe_file.parent / "home" / "comparisons" / "tiny" / "comparison.json"
+    for record in page.parent.glob("methods/rslora/seed-*.json"):
+        record.unlink()
+    again = Units(0, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        compared(recipe_file, again)
+    assert Comparison.model_validate_json(page.read_text()).methods == first.methods
 
 
 def test_a_larger_budget_adds_points_and_no_more(recipe_file: Path) -> None:
@@ -317,21 +352,63 @@ def test_all_is_every_registered_type_and_every_variant_and_none_twice(recipe_fi
     assert sorted(names) == sorted({*METHODS.names(), "small", "rslora", "vera"} - {"peft"})
 
 
-def test_a_unit_in_its_own_process_gives_its_record(recipe_file: Path) -> None:
-    log = recipe_file.parent / "unit.log"
-    recipe = load_recipe(recipe_file, ["method={type: lora, r: 2}"]).recipe()
-    home = str(recipe_file.parent / "home")
-    spec = UnitSpec(kind="seed", recipe=recipe.model_dump(mode="json"), home=home)
-    found = SeedFacts.model_validate_json(run_in_fresh_process(spec, log, QUIET))
-    assert found.steps == 4
-    assert found.peak_bytes >= 0.9 * found.loaded_bytes > 0
+def spec_of(path: Path, kind: str, method: dict[str, Any], lr: float = 1e-3) -> UnitSpec:
+    recipe = load_recipe(path, [f"method={json.dumps(method)}", f"train.lr={lr}"]).recipe()
+    home = str(path.parent / "home")
+    return UnitSpec.model_validate(
+        {"kind": kind, "recipe": recipe.model_dump(mode="json"), "home": home}
+    )
 
 
-def test_a_process_that_breaks_is_a_sentence_with_its_log(tmp_path: Path) -> None:
-    spec = UnitSpec(kind="seed", recipe={"version": 1}, home=str(tmp_path))
-    with pytest.raises(UnitCrashError, match=r"exit code 1; its last words: .*log"):
-        run_in_fresh_process(spec, tmp_path / "logs" / "unit.log", QUIET)
-    assert "ValidationError" in (tmp_path / "logs" / "unit.log").read_text()
+def unit_processes(before: frozenset[int] = frozenset()) -> frozenset[int]:
+    return frozenset(child.pid for child in psutil.Process().children()) - before
+
+
+def test_points_share_a_process_and_a_final_training_has_its_own(recipe_file: Path) -> None:
+    lora = {"type": "lora", "r": 2}
+    log, before = recipe_file.parent / "logs" / "unit.log", unit_processes()
+    with UnitProcesses() as run:
+        seen = []
+        for kind in ("base", "point", "point", "seed"):
+            found = run(spec_of(recipe_file, kind, lora), log, QUIET)
+            seen.append(unit_processes(before))
+    assert [len(processes) for processes in seen] == [1, 1, 1, 1]
+    assert seen[0] == seen[1] == seen[2] != seen[3]
+    assert not unit_processes(before)
+    seed = SeedFacts.model_validate_json(found)
+    assert seed.steps == 4
+    assert seed.peak_bytes >= 0.9 * seed.loaded_bytes > 0
+
+
+@pytest.mark.parametrize("before", ["lora", "prompt", "full", "peft"])
+def test_a_point_is_the_same_whoever_was_on_the_base_before(recipe_file: Path, before: str) -> None:
+    units = UnitRunner()
+    for method in ({"type": before}, {"type": "lora", "r": 2}, {"type": "full"}):
+        spec = spec_of(recipe_file, "point", method)
+        shared = units.run(spec, QUIET)
+        alone = run_unit(spec, QUIET)
+        assert isinstance(shared, PointFacts)
+        assert isinstance(alone, PointFacts)
+        assert shared.metrics == alone.metrics
+
+
+def test_units_of_one_base_may_follow_one_another(recipe_file: Path) -> None:
+    lora = spec_of(recipe_file, "point", {"type": "lora"})
+    assert spec_of(recipe_file, "point", {"type": "ia3"}, lr=0.1).may_follow(lora)
+    assert not spec_of(recipe_file, "seed", {"type": "lora"}).may_follow(lora)
+    assert not lora.may_follow(spec_of(recipe_file, "seed", {"type": "lora"}))
+    other = lora.model_copy(update={"recipe": {**lora.recipe, "model": {"source": "another"}}})
+    assert not other.may_follow(lora)
+
+
+def test_a_process_that_breaks_is_a_sentence_with_its_log_and_leaves_none(tmp_path: Path) -> None:
+    spec = UnitSpec(kind="point", recipe={"version": 1}, home=str(tmp_path))
+    before = unit_processes()
+    with UnitProcesses() as run:
+        with pytest.raises(UnitCrashError, match=r"exit code 1; its last words: .*log"):
+            run(spec, tmp_path / "logs" / "unit.log", QUIET)
+        assert "ValidationError" in (tmp_path / "logs" / "unit.log").read_text()
+        assert not unit_processes(before)
 
 
 def test_seconds_to_a_loss_are_in_proportion_between_measurements() -> None:

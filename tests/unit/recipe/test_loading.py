@@ -30,6 +30,15 @@ def test_ten_lines_are_a_recipe_and_defaults_are_vetted(load: Load) -> None:
     assert recipe.train.betas == (0.9, 0.999)
 
 
+def test_a_learning_rate_that_is_left_out_is_the_methods_own(load: Load) -> None:
+    assert load().recipe().train.lr == LoraMethod.default_lr == 2e-4
+    assert load("method: ia3\ntrain: {steps: 3}\n").recipe().train.lr == 5e-3
+    assert load("method: {type: full}\ntrain: {lr: 1.0e-3}\n").recipe().train.lr == 1e-3
+    space = load("method: {choice: [{type: full}, {type: ia3}]}\n")
+    rates = {recipe.method.type: recipe.train.lr for recipe in space.examples()}
+    assert rates == {"full": 2e-5, "ia3": 5e-3}
+
+
 def test_whole_numbers_stand_for_numbers_and_lists_for_tuples(load: Load) -> None:
     recipe = load("train: {lr: 1, betas: [0, 0.5]}\nmethod: {type: lora, lora_alpha: 8}\n").recipe()
     assert recipe.train.lr == 1.0
