@@ -8,7 +8,8 @@
     ├── MissingDependencyError (ImportError)   an optional package is not installed           exit 2
     ├── GateRefusedError       (RuntimeError)  a parity or quality gate said no               exit 3
     ├── TrainingError          (RuntimeError)  a run broke: NaN, lost worker, bad checkpoint  exit 1
-    │   └── DeviceMemoryError                  a run needed more memory than its device has   exit 1
+    │   ├── DeviceMemoryError                  a run needed more memory than its device has   exit 1
+    │   └── NoRoomError                        others hold the memory or the cores it needs   exit 1
     ├── StoppedError           (RuntimeError)  a person ended the search from outside       exit 130
     ├── CompressionError       (RuntimeError)  a compressor could not keep its promise        exit 1
     └── ServingError           (RuntimeError)  an engine, a replica or the gateway failed     exit 1
@@ -70,6 +71,10 @@ class TrainingError(GraftError, RuntimeError):
 
 class DeviceMemoryError(TrainingError):
     """A run needed more memory than its device has."""
+
+
+class NoRoomError(TrainingError):
+    """Others hold the memory or the cores that a run needs; once they are free it goes on."""
 
 
 class StoppedError(GraftError, RuntimeError):

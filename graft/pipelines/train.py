@@ -227,6 +227,7 @@ def _train_on_workers(
     from graft.runtime.nodes import await_node, find_limits
     from graft.runtime.session import ray_session
     from graft.runtime.train_workers import train_on_workers
+    from graft.runtime.trials import take_words
 
     failures: list[Exception] = []
 
@@ -250,6 +251,8 @@ def _train_on_workers(
         while thread.is_alive():
             thread.join(_POLL_S)
             done = _advance(task, folder, done)
+            for words in take_words(folder):
+                progress.note(words)
     if failures:
         raise failures[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +24,7 @@ from graft.runtime.requests import (
     read_request,
 )
 from graft.runtime.storage import DRIVER
-from graft.runtime.trials import ask_to_leave
+from graft.runtime.trials import ask_to_leave, take_words
 
 if TYPE_CHECKING:
     from graft.core.progress import Progress
@@ -96,9 +96,11 @@ class Attendant:
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
+        at_work = {t.config["trial"]: t for t in controller.get_trials() if not t.is_finished()}
+        self._pass_on(at_work)
         for path in open_requests(self._folder):
             request = read_request(path)
-            at_work = {t.config["trial"]: t for t in controller.get_trials() if not t.is_finished()}
+            at_work = {n: t for n, t in at_work.items() if not t.is_finished()}
             if request is not None and request.trial is None:
                 self._end(path, request, list(at_work))
             if self._searched is not None:  # at work are its re-runs, of other numbers
@@ -111,6 +113,13 @@ class Attendant:
                 self._answer(path, request, partial(self._stop, trial, controller, searcher))
             else:
                 self._answer(path, request, partial(self._apply_in_line, queue))
+
+    def _pass_on(self, numbers: Iterable[int]) -> None:
+        """Says what trials have left to be said."""
+        for number in numbers:
+            for words in take_words(self._study.trial_folder(number)):
+                self._say("note", trial=number, words=words)
+                self._progress.note(f"trial {number}: {words}")
 
     def _apply(self, request: StudyRequest) -> StudyAnswer:
         if self._searched is not None:

@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune import Trainable
 
-from graft.core.errors import DeviceMemoryError, GraftError, TrainingError
-from graft.runtime.trials import fail_trial, failure_of, is_asked_to_leave
+from graft.core.errors import DeviceMemoryError, GraftError, NoRoomError, TrainingError
+from graft.core.progress import QUIET, Progress
+from graft.runtime.seats import Seats
+from graft.runtime.trials import (
+    Loss,
+    fail_trial,
+    failure_of,
+    is_asked_to_leave,
+    lose_trial,
+    loss_words,
+)
 
 if TYPE_CHECKING:
+    from graft.engine.memory.cap import MemoryCap
     from graft.recipe.sections import Recipe
+    from graft.runtime.study import Study
 
 _LOOK_EVERY_S = 0.2
 
@@ -23,8 +34,9 @@ class DedicatedTrial(Trainable):
     A class, for Tune ends a function without a word: the workers of a trial that it stops would
     keep their places. These are told to leave.
 
-    The config has the trial's `folder`, which holds its recipe and will hold its state, `home`, and
-    `threads`, the share of a worker in the cluster's cores while others train beside it.
+    The config has the trial's `folder`, which holds its recipe and will hold its state, `home`,
+    `threads`, the share of a worker in the cluster's cores while others train beside it, and
+    `needed_bytes`, the memory that a worker is predicted to take of its device.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -39,6 +51,7 @@ class DedicatedTrial(Trainable):
             scale = recipe.scale.model_copy(update={"threads": config["threads"]})
             recipe = recipe.model_copy(update={"scale": scale})
         self._recipe = recipe
+        self._needed_bytes = int(config.get("needed_bytes", 0))
         self._steps = newest_step(self._folder / CHECKPOINTS)
         self._error: Exception | None = None
         self._leaves = threading.Event()
@@ -96,13 +109,50 @@ class DedicatedTrial(Trainable):
                 folder=self._folder,
                 eval_rows=recipe.search.eval_rows,
                 leaves=self._leaves.is_set,
+                needed_bytes=self._needed_bytes,
             )
         except Exception as error:
             self._error = error
-            if isinstance(error, GraftError) and not self._leaves.is_set():
+            if not self._leaves.is_set():
                 self._tell(error)
 
-    def _tell(self, error: GraftError) -> None:
-        if failure_of(self._folder) is None:  # else a worker has left its own, with a measurement
+    def _tell(self, error: Exception) -> None:
+        if isinstance(error, NoRoomError):
+            lose_trial(self._folder, str(error))
+        elif failure_of(self._folder) is None:  # else a worker has left its own, with a measurement
+            words = str(error) if isinstance(error, GraftError) else repr(error)
             is_killed = isinstance(error, DeviceMemoryError)
-            fail_trial(self._folder, str(error), needed_bytes=0 if is_killed else None)
+            fail_trial(self._folder, words, needed_bytes=0 if is_killed else None)
+
+
+class DedicatedSeats(Seats):
+    """The workers of trials that each have their own.
+
+    One that finds no room is not to blame, nor one whose process dies, for it only waits: it is
+    run again in another turn, from its newest checkpoint.
+
+    Args:
+        study: Whose trials.
+        memory: Predicts what a worker takes.
+        progress: Told of losses.
+    """
+
+    def __init__(self, study: Study, memory: MemoryCap, progress: Progress = QUIET) -> None:
+        self._study = study
+        self._memory = memory
+        self._progress = progress
+
+    def take(self, number: int) -> dict[str, Any]:
+        """Tells a trial what is to be free before a worker of it loads."""
+        from graft.engine.run_folder import RECIPE_FILE
+        from graft.recipe.sections import Recipe
+
+        path = self._study.trial_folder(number) / RECIPE_FILE
+        recipe = Recipe.model_validate_json(path.read_text())
+        return {"needed_bytes": self._memory.beside_process(recipe)}
+
+    def loss_of(self, number: int) -> Loss:
+        """Says what a trial did not find, or that its process is gone."""
+        words = loss_words(self._study.trial_folder(number)) or "its process died"
+        self._progress.note(f"trial {number} cannot go on now, and is taken up again: {words}")
+        return Loss(words)

@@ -26,6 +26,7 @@ class PackActor:
         slots: Trials in training at once.
         threads: For torch.
         limits: What the machines have; None seats trials without looking at memory.
+        needed_bytes: Of the device, that are to be free before the base is loaded.
     """
 
     def __init__(
@@ -36,18 +37,23 @@ class PackActor:
         slots: int,
         threads: int,
         limits: Limits | None = None,
+        needed_bytes: int = 0,
     ) -> None:
         import torch
 
         from graft.engine.memory.cap import MemoryCap
+        from graft.engine.memory.free import wait_until_free
         from graft.engine.memory.shape import ModelShape
         from graft.engine.run import load_run
+        from graft.models import pick_device
         from graft.runtime.pack import Pack
 
         logging.getLogger("graft").setLevel(logging.INFO)
         torch.set_num_threads(threads)
         self._home = Path(home)
-        self._base = load_run(Recipe.model_validate_json(recipe), self._home)
+        first = Recipe.model_validate_json(recipe)
+        wait_until_free(pick_device(first.model), needed_bytes)
+        self._base = load_run(first, self._home)
         self._lock = threading.Lock()
         self._prepared = {self._base.recipe.objective.row_key: self._base.prepared}
         cap = MemoryCap(ModelShape.of(self._base.ready), limits) if limits else None
@@ -105,6 +111,7 @@ def start_pack(
     slots: int,
     place: PackPlace,
     limits: Limits | None = None,
+    needed_bytes: int = 0,
 ) -> Any:  # an actor handle, which Ray leaves untyped
     """Starts a pack actor that lives as long as this driver's job, in its place."""
     import ray
@@ -120,5 +127,10 @@ def start_pack(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
     return actor.remote(
-        recipe.model_dump_json(), str(home), slots=slots, threads=threads, limits=limits
+        recipe.model_dump_json(),
+        str(home),
+        slots=slots,
+        threads=threads,
+        limits=limits,
+        needed_bytes=needed_bytes,
     )

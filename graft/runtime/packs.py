@@ -7,6 +7,7 @@ lost with its node, or breaks, is given up: its trials take seats in the others.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Packs(Seats):
         slots: Trials in training at once in each pack.
         uses_gpu: Whether a pack computes on a GPU.
         limits: What the machines have.
+        needed_bytes: That are to be free on a pack's device before it loads its base.
         progress: Told when there is no room.
     """
 
@@ -63,6 +65,7 @@ class Packs(Seats):
         slots: int,
         uses_gpu: bool,
         limits: Limits | None = None,
+        needed_bytes: int = 0,
         progress: Progress = QUIET,
     ) -> None:
         self._slots = slots
@@ -70,19 +73,26 @@ class Packs(Seats):
         self._packs: dict[str, _Pack] = {}
         self._pack_of: dict[int, str] = {}
         """Trial → the pack that it sits in, or sat in last."""
-        self._failure: Exception | None = None
+        self._failure: TrainingError | None = None
         """Why the last pack that could not start did not."""
         for place in pack_places(ray.nodes(), uses_gpu=uses_gpu):
             name = f"graft-pack-{uuid.uuid4().hex[:8]}"
-            actor = start_pack(name, recipe, home, slots=slots, place=place, limits=limits)
+            actor = start_pack(
+                name,
+                recipe,
+                home,
+                slots=slots,
+                place=place,
+                limits=limits,
+                needed_bytes=needed_bytes,
+            )
             self._packs[name] = _Pack(name, actor, place, actor.seated.remote())
 
     def __enter__(self) -> Packs:
         """Waits for the first pack that has its base.
 
         Raises:
-            RayError: None could start; the last of them says why.
-            TrainingError: There is no node for one.
+            TrainingError: None could start, as the last of them says; or there is no node for one.
         """
         try:
             self._await_first()
@@ -146,7 +156,8 @@ class Packs(Seats):
             try:
                 ray.get(pack.loaded)
             except ray.exceptions.RayError as error:
-                self._failure = error
+                self._failure = _in_words(error)
+                self._progress.note(f"a pack could not start: {self._failure}")
                 self._give_up(pack.name)
                 return False
             pack.is_ready = True
@@ -182,6 +193,12 @@ class Packs(Seats):
         if pack is not None:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(pack.actor)
+
+
+def _in_words(error: ray.exceptions.RayError) -> TrainingError:
+    """Finds what a pack raised while it started, which Ray passes on as the text of a trace."""
+    ours = re.findall(r"^graft\.[\w.]+: (.+)$", str(error), re.MULTILINE)
+    return TrainingError(ours[-1] if ours else str(error))
 
 
 def _loss(actor: Any) -> Loss | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from graft.core.errors import ConfigError, TrainingError
+from graft.core.errors import ConfigError, NoRoomError
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
@@ -173,7 +173,11 @@ class Places:
 
 
 def find_room(
-    needs: WorkerNeeds, wait_s: float | None = None, *, ask: Callable[[], None] = lambda: None
+    needs: WorkerNeeds,
+    wait_s: float | None = None,
+    *,
+    ask: Callable[[], None] = lambda: None,
+    say: Callable[[str], object] = _log.warning,
 ) -> int:
     """Counts the workers that fit now, up to the largest number; waits for the smallest.
 
@@ -182,9 +186,10 @@ def find_room(
         wait_s: At most so long; None waits a few minutes, longer where an autoscaler may add nodes,
             as it may where there is none to work on.
         ask: Called all the while; what it raises ends the waiting.
+        say: Told once what is waited for.
 
     Raises:
-        TrainingError: The smallest number did not fit in time.
+        NoRoomError: The smallest number did not fit in time.
     """
     if wait_s is None:
         may_grow = bool(_autoscaled()) or not _most()["CPU"]
@@ -197,9 +202,9 @@ def find_room(
             ask()
             waited_s = time.monotonic() - started
             if waited_s > wait_s:
-                raise TrainingError(f"{_missing(needs)}; gave up after {waited_s:.0f} s")
+                raise NoRoomError(f"{_missing(needs)}; gave up after {waited_s:.0f} s")
             if waited_s > _SAY_AFTER_S and not has_said:
-                _log.warning("%s; waiting up to %.0f s", _missing(needs), wait_s)
+                say(f"{_missing(needs)}; waiting up to {wait_s:.0f} s")
                 has_said = True
             time.sleep(_LOOK_EVERY_S)
         return needs.smallest + _num_more(needs)

@@ -19,7 +19,7 @@ from graft.engine.run_folder import objective_figures
 from graft.runtime.attended import Attendant, AttendedScheduler
 from graft.runtime.budget import Budget
 from graft.runtime.callbacks import TrialCallback
-from graft.runtime.dedicated import DedicatedTrial
+from graft.runtime.dedicated import DedicatedSeats, DedicatedTrial
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
@@ -35,7 +35,7 @@ from graft.runtime.trial_table import TrialTable
 from graft.runtime.trials import Loss
 
 if TYPE_CHECKING:
-    from graft.engine.memory.cap import Limits, MemoryCap
+    from graft.engine.memory.cap import MemoryCap
     from graft.recipe.sections import Recipe, ScaleSection
     from graft.recipe.space import RecipeSpace
 
@@ -128,7 +128,7 @@ class Search:
         def turn(executor: Executor) -> Loss | None:
             with self._watch:
                 if executor == "packed":
-                    return self._packed_turn(queue, memory.limits)
+                    return self._packed_turn(queue, memory)
                 return self._dedicated_turn(queue, memory)
 
         take_turns(queue, turn)
@@ -158,14 +158,15 @@ class Search:
         limits = find_limits(example, self._session)._replace(factor=self._study.memory_factor)
         return MemoryCap(ModelShape.of(find_config(example.model, self._home)), limits)
 
-    def _packed_turn(self, queue: TrialQueue, limits: Limits) -> Loss | None:
+    def _packed_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
         recipe = self._space.example()
         with Packs(
             recipe,
             self._home,
             slots=self._section.pack_slots,
             uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
-            limits=limits,
+            limits=memory.limits,
+            needed_bytes=memory.beside_process(queue.first("packed")),
             progress=self._watch.progress,
         ) as packs:
             return self._fit(
@@ -183,10 +184,11 @@ class Search:
         workers = most_workers(self._space.scales(), places)
         concurrent = num_concurrent(recipes, memory, places, workers)
         cpus = ray.cluster_resources().get("CPU", 1.0)
+        seats = DedicatedSeats(self._study, memory, self._watch.progress)
         return self._fit(
             tune.with_resources(DedicatedTrial, ON_HEAD),
             queue,
-            StudySearcher(queue, "dedicated"),
+            StudySearcher(queue, "dedicated", seats),
             concurrent=concurrent,
             config={
                 "home": str(self._home),

@@ -253,6 +253,10 @@ class TrialQueue:
             self._waiting[other].append(asked)
         return None
 
+    def first(self, executor: Executor) -> Recipe:
+        """Returns the recipe of the first trial in line for an executor whose turn it is."""
+        return self._waiting[executor][0].recipe
+
     def put_back(self, asked: Asked, executor: Executor) -> None:
         """Puts a trial first in line that nobody runs any more."""
         self._waiting[executor].appendleft(asked)

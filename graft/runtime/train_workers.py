@@ -17,6 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from graft.runtime.placement import (
     worker_needs,
     worker_resources,
 )
+from graft.runtime.trials import say_of_run
 from graft.runtime.worker import LEAVE_FILE, WorkerConfig, work
 
 if TYPE_CHECKING:
@@ -60,12 +62,13 @@ def train_on_workers(
     callbacks: Sequence[UserCallback] = (),
     leaves: Callable[[], bool] = lambda: False,
     grow_after_s: float = 60.0,
+    needed_bytes: int = 0,
 ) -> TrainResult:
     """Trains a recipe on `scale.workers` workers; goes on where the folder's newest checkpoint is.
 
     A Ray session must exist. Reports are in the folder, and every worker gives the same one to
-    `ray.train.report` too. Lost workers are replaced, from the checkpoint; after two losses in a
-    row without a new checkpoint no more.
+    `ray.train.report` too; words for people are there for `take_words`. Lost workers are replaced,
+    from the checkpoint; after two losses in a row without a new checkpoint no more.
 
     Args:
         recipe: Complete.
@@ -75,11 +78,14 @@ def train_on_workers(
         callbacks: Of Ray Train; they run in its controller.
         leaves: Whether the run is to end after the step it is at, to be continued another time.
         grow_after_s: Elastic workers become more at the earliest so long after they started.
+        needed_bytes: That a worker is predicted to take of its device, which is to be free before
+            it loads; 0 looks at GPUs only, and warns.
 
     Raises:
         ConfigError: The cluster is too small for `scale.workers`, or a disk for what is swapped.
         GraftError: What a worker raised, with the worker's own message.
-        TrainingError: Workers died again and again, found no room, or the run has left.
+        NoRoomError: Workers found no room on the cluster, or no memory on their device.
+        TrainingError: Workers died again and again, or the run has left.
     """
     needs = worker_needs(recipe)
     config = WorkerConfig(
@@ -88,7 +94,9 @@ def train_on_workers(
         folder=str(folder),
         eval_rows=eval_rows,
         working_folder=os.getcwd(),
+        needed_bytes=needed_bytes,
     )
+    say = partial(say_of_run, folder)
 
     def raise_if_leaving() -> None:
         if leaves():
@@ -101,7 +109,7 @@ def train_on_workers(
     while True:
         step = newest_step(folder / CHECKPOINTS)
         try:
-            count = find_room(needs, ask=raise_if_leaving)
+            count = find_room(needs, ask=raise_if_leaving, say=say)
             raise_if_leaving()
             require_disks(recipe, home)  # of nodes that came meanwhile, too
             prepare_ops([recipe.scale])
@@ -112,8 +120,10 @@ def train_on_workers(
         except LostWorkersError as error:
             num_vain = 0 if newest_step(folder / CHECKPOINTS) > step else num_vain + 1
             if num_vain > _MAX_VAIN_RESTARTS:
-                raise
-            _log.warning("%s; going on from the newest checkpoint", error)
+                raise LostWorkersError(
+                    f"{error}; that was loss {num_vain} in a row without a new checkpoint"
+                ) from error
+            say(f"{error}; going on from step {newest_step(folder / CHECKPOINTS)}")
         raise_if_leaving()
 
 

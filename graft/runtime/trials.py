@@ -26,7 +26,9 @@ CONTINUES = "continues"
 """Marks a trial with the one that it goes on from."""
 
 _FAILURE_FILE = "failure.json"
+_LOSS_FILE = "lost"
 _LEAVE_FILE = "leave"
+_WORDS_FILE = "words"
 
 
 class Suggest(Protocol):
@@ -216,9 +218,20 @@ def failure_of(folder: Path) -> Failure | None:
     return Failure.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
+def lose_trial(folder: Path, reason: str) -> None:
+    """Keeps why a trial could not go on where it was, which says nothing of the trial itself."""
+    write_atomic(folder / _LOSS_FILE, reason)
+
+
+def loss_words(folder: Path) -> str | None:
+    """Returns why a trial could not go on where it was; None where nobody has told."""
+    path = folder / _LOSS_FILE
+    return path.read_text() if path.exists() else None
+
+
 def forget_end(folder: Path) -> None:
     """Makes way for another attempt."""
-    for left in (_FAILURE_FILE, _LEAVE_FILE):
+    for left in (_FAILURE_FILE, _LOSS_FILE, _LEAVE_FILE):
         (folder / left).unlink(missing_ok=True)
 
 
@@ -230,3 +243,22 @@ def ask_to_leave(folder: Path) -> None:
 def is_asked_to_leave(folder: Path) -> bool:
     """Tells whether a trial is to end after the step it is at."""
     return (folder / _LEAVE_FILE).exists()
+
+
+def say_of_run(folder: Path, words: str) -> None:
+    """Leaves a line for the people at the driver, which takes it from a run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _WORDS_FILE).open("a", encoding="utf-8") as file:
+        file.write(" ".join(words.split()) + "\n")
+
+
+def take_words(folder: Path) -> list[str]:
+    """Returns the lines that a run has left since the last call."""
+    path, taken = folder / _WORDS_FILE, folder / f"{_WORDS_FILE}.taken"
+    try:
+        path.rename(taken)  # who writes at this moment has opened it already
+    except FileNotFoundError:
+        return []
+    words = taken.read_text(encoding="utf-8").splitlines()
+    taken.unlink()
+    return words

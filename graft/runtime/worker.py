@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.core.model import StrictModel
+from graft.engine.memory.free import wait_until_free
 from graft.engine.run import load_run, train_run
 from graft.engine.run_folder import Report
 from graft.engine.trainable import require_trainable
 from graft.models import pick_device
 from graft.recipe.sections import Recipe
 from graft.runtime.memory import told_of_memory
+from graft.runtime.trials import say_of_run
 
 if TYPE_CHECKING:
     from graft.engine.backends.base import Backend
@@ -34,6 +37,8 @@ class WorkerConfig(StrictModel):
     eval_rows: int
     working_folder: str
     """The driver's, to which paths of the recipe relate."""
+    needed_bytes: int = 0
+    """Of a worker's device, predicted; 0 where nobody did."""
 
 
 def work(config: dict[str, Any]) -> bool:
@@ -65,6 +70,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> bool:
 
     home, folder = Path(config["home"]), Path(config["folder"])
     require_trainable(recipe, pick_device(recipe.model))
+    _prove_free(recipe, folder, config["needed_bytes"])
     run = load_run(recipe, home)
 
     def report(said: Report) -> None:
@@ -84,6 +90,23 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> bool:
         on_report=report,
         leaves=_Leaving(folder, backend),
     )
+
+
+def _prove_free(recipe: Recipe, folder: Path, needed_bytes: int) -> None:
+    """Waits until there is memory for all workers; none of them loads before the last has looked.
+
+    Raises:
+        NoRoomError: Others go on holding it.
+    """
+    import ray.train
+    import torch
+
+    device = pick_device(recipe.model)
+    if device.type == "cpu":  # whose memory the workers of a node share
+        needed_bytes *= ray.train.get_context().get_local_world_size()
+    wait_until_free(device, needed_bytes, say=partial(say_of_run, folder))
+    if device.type == "cpu" and needed_bytes:
+        torch.distributed.barrier()
 
 
 class _Leaving:

@@ -23,7 +23,9 @@ import ray
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from graft.engine.run_folder import read_reports
+from graft.core.errors import ConfigError
+from graft.engine.checkpoint import newest_step
+from graft.engine.run_folder import CHECKPOINTS, read_reports
 from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe
 from graft.recipe.sections import Recipe
@@ -170,8 +172,40 @@ def lost_pack(scene: Scene) -> None:
     scene.cluster.remove_node(scene.nodes.pop(), allow_graceful=False)
 
 
+def lost_dedicated(scene: Scene) -> None:
+    """Kills a node once a trial of its own workers has trained on each."""
+    _await_checkpoints(scene, 2)
+    scene.wait(lambda: len(scene.workers()) == 2, "two workers")
+    scene.cluster.remove_node(scene.nodes.pop(), allow_graceful=False)
+
+
+def lost_half(scene: Scene) -> None:
+    """Kills one of the two nodes that the workers of a trial are on, once it has trained."""
+    _await_checkpoints(scene, 1)
+    scene.cluster.remove_node(scene.nodes.pop(), allow_graceful=False)
+
+
+def shrunk(scene: Scene) -> None:
+    """Searches on what is too small by then, and once more on a cluster that is whole again."""
+    try:
+        scene.search(lost_half)
+    except ConfigError as error:
+        scene.facts["refused"] = str(error)
+    scene.nodes.append(scene.cluster.add_node(num_cpus=1))
+    scene.search(lambda scene: None)
+
+
+def _await_checkpoints(scene: Scene, count: int) -> None:
+    trials = scene.home / "studies" / "tiny" / "trials"
+    scene.wait(
+        lambda: sum(newest_step(path) > 0 for path in trials.glob(f"*/{CHECKPOINTS}")) == count,
+        f"checkpoints of {count} trials",
+    )
+
+
 TRAININGS = {"nothing": nothing, "worker": worker, "node": node, "notice": notice}
-SEARCHES = {"search": packs, "search-node": lost_pack}
+SEARCHES = {"search": packs, "search-node": lost_pack, "search-dedicated": lost_dedicated}
+STORIES = {"search-shrunk": shrunk}
 
 
 def main() -> None:
@@ -179,7 +213,9 @@ def main() -> None:
     scenario, recipe, home = sys.argv[1:]
     scene = Scene(Path(recipe), Path(home))
     try:
-        if scenario in SEARCHES:
+        if scenario in STORIES:
+            STORIES[scenario](scene)
+        elif scenario in SEARCHES:
             scene.search(SEARCHES[scenario])
         else:
             scene.train(TRAININGS[scenario])

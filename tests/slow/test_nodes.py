@@ -155,3 +155,55 @@ def test_a_search_has_a_pack_on_every_node_and_outlives_one(
     for found, expected in zip(result.trials, searched_on_one_node.trials, strict=True):
         assert found.params == expected.params
         assert found.metrics["eval/loss"] == pytest.approx(expected.metrics["eval/loss"], abs=1e-3)
+
+
+def dedicated_recipe(folder: Path, model_folder: Path, data_folder: Path, workers: int) -> Path:
+    count = 2 // workers
+    return write_recipe(
+        folder,
+        model_folder,
+        data_folder,
+        method={"type": "lora", "r": {"choice": list(RANKS)}},
+        train={
+            "steps": STEPS,
+            "batch_size": 24,
+            "lr": 1e-3,
+            "micro_batch_tokens": 60,
+            "report_every": 5,
+        },
+        scale={"workers": workers, "threads": 1},
+        search={
+            "trials": count,
+            "points": [{"method/r": rank} for rank in RANKS[:count]],
+            "executor": "dedicated",
+            "eval_rows": 8,
+        },
+    )
+
+
+@pytest.mark.parametrize(("scenario", "workers"), [("search-dedicated", 1), ("search-shrunk", 2)])
+def test_a_dedicated_trial_outlives_the_node_of_its_workers(
+    scenario: str, workers: int, tmp_path: Path, model_folder: Path, data_folder: Path
+) -> None:
+    """What is left has room for it in the first scenario, and not before a node comes back in the
+    second: there the search ends in words, and the same command goes on."""
+    recipe = dedicated_recipe(tmp_path, model_folder, data_folder, workers)
+    facts = played(scenario, recipe, tmp_path / "home")
+    result = TuneResult.model_validate_json(facts["result"])
+    steps = list(range(5, STEPS + 1, 5))
+    events = read_events(Path(result.folder) / "events.jsonl")
+    for trial in result.trials:
+        told = [e["steps"] for e in events if e["event"] == "report" and e["trial"] == trial.number]
+        assert told == sorted(set(told)), "each step is counted once"
+        assert trial.state in ("complete", "stopped")
+        assert list(trial.reports) == steps[: len(trial.reports)]
+    assert any(trial.state == "complete" for trial in result.trials)
+    said = [event["words"] for event in events if event["event"] == "note"]
+    assert any("going on from step" in words for words in said)
+    starts = sum(event["event"] == "start" for event in events)
+    if scenario == "search-dedicated":
+        assert starts == len(result.trials)
+    else:
+        assert starts > len(result.trials)
+        assert "trial 0: scale.workers is 2 and the Ray cluster has 1 CPUs" in facts["refused"]
+        assert "The checkpoints are kept" in facts["refused"]

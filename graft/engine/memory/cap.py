@@ -79,6 +79,11 @@ class MemoryCap:
         fixed, predicted = self._together(recipes)
         return fixed + self.factor * predicted
 
+    def beside_process(self, recipe: Recipe) -> int:
+        """Returns the bytes that a run takes beside what its bare process has; corrected."""
+        _, predicted = self._together([recipe])
+        return round(self.factor * predicted)
+
     def fits(self, recipes: Sequence[Recipe]) -> bool:
         """Tells whether runs fit together, as slots of one base."""
         return self.need(recipes) <= min(self.limit(recipe) for recipe in recipes)

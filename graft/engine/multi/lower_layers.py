@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from graft.core.machine import free_host_bytes
+from graft.core.machine import free_host_memory_bytes
 
 _SHARE = 0.25
 """Of the host memory that would be free if nothing were kept."""
@@ -61,7 +61,7 @@ class LowerLayers:
         self,
         base: PreTrainedModel,
         adapted: Callable[[], Collection[str] | None],
-        free: Callable[[], int] = free_host_bytes,
+        free: Callable[[], int] = free_host_memory_bytes,
     ) -> None:
         self._base = base
         self._adapted = adapted
