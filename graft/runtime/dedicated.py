@@ -13,6 +13,7 @@ from graft.runtime.trials import fail_trial, failure_of, is_asked_to_leave
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
+    from graft.runtime.shared_rows import SharedRows
 
 _LOOK_EVERY_S = 0.2
 
@@ -27,7 +28,7 @@ class DedicatedTrial(Trainable):
     `threads`, the share of a worker in the cluster's cores while others train beside it.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any], rows: SharedRows | None = None) -> None:
         """Starts the run, in a thread."""
         from graft.engine.checkpoint import newest_step
         from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE
@@ -38,7 +39,7 @@ class DedicatedTrial(Trainable):
         if recipe.scale.threads is None:
             scale = recipe.scale.model_copy(update={"threads": config["threads"]})
             recipe = recipe.model_copy(update={"scale": scale})
-        self._recipe = recipe
+        self._recipe, self._rows = recipe, rows
         self._steps = newest_step(self._folder / CHECKPOINTS)
         self._error: Exception | None = None
         self._leaves = threading.Event()
@@ -96,6 +97,7 @@ class DedicatedTrial(Trainable):
                 folder=self._folder,
                 eval_rows=recipe.search.eval_rows,
                 leaves=self._leaves.is_set,
+                rows=self._rows,
             )
         except Exception as error:
             self._error = error

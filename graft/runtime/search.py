@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits, MemoryCap
     from graft.recipe.sections import Recipe, ScaleSection
     from graft.recipe.space import RecipeSpace
+    from graft.runtime.shared_rows import SharedRows
 
 Stage = Literal["search", "finalists"]
 """`finalists`: what is trained has been begun already, and nothing is sampled."""
@@ -58,6 +59,7 @@ class Search:
         home: Seen by every node.
         session: The Ray cluster.
         progress: Told of every trial.
+        rows: Of its recipes; those that are missing are prepared where they are trained on.
         stage: What the study is for.
     """
 
@@ -71,6 +73,7 @@ class Search:
         home: Path,
         session: RaySession,
         progress: Progress,
+        rows: SharedRows | None = None,
         stage: Stage = "search",
     ) -> None:
         self._study = study
@@ -79,6 +82,7 @@ class Search:
         self._longest = longest
         self._home = home
         self._session = session
+        self._rows = rows
         self._section = study.section
         self._stage = stage
         self._watch = TrialWatch(study, progress, stage)
@@ -165,7 +169,9 @@ class Search:
             slots=self._section.pack_slots,
             uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
             limits=limits,
+            rows=self._rows,
             progress=self._watch.progress,
+            say=self._watch.say,
         ) as packs:
             return self._fit(
                 tune.with_resources(PackedTrial, ON_HEAD),
@@ -183,7 +189,7 @@ class Search:
         concurrent = num_concurrent(recipes, memory, places, workers)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         return self._fit(
-            tune.with_resources(DedicatedTrial, ON_HEAD),
+            tune.with_resources(tune.with_parameters(DedicatedTrial, rows=self._rows), ON_HEAD),
             queue,
             StudySearcher(queue, "dedicated"),
             concurrent=concurrent,

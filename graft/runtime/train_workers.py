@@ -39,6 +39,8 @@ from graft.runtime.worker import LEAVE_FILE, WorkerConfig, work
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError, UserCallback
 
+    from graft.runtime.shared_rows import SharedRows
+
 _MAX_VAIN_RESTARTS = 2
 _START_TIMEOUT_S = 180
 _WATCH_EVERY_S = 1.0
@@ -60,6 +62,7 @@ def train_on_workers(
     callbacks: Sequence[UserCallback] = (),
     leaves: Callable[[], bool] = lambda: False,
     grow_after_s: float = 60.0,
+    rows: SharedRows | None = None,
 ) -> TrainResult:
     """Trains a recipe on `scale.workers` workers; goes on where the folder's newest checkpoint is.
 
@@ -75,6 +78,7 @@ def train_on_workers(
         callbacks: Of Ray Train; they run in its controller.
         leaves: Whether the run is to end after the step it is at, to be continued another time.
         grow_after_s: Elastic workers become more at the earliest so long after they started.
+        rows: That somebody has prepared; None, or others than the recipe's, and workers do it.
 
     Raises:
         ConfigError: The cluster is too small for `scale.workers`, or a disk for what is swapped.
@@ -88,6 +92,7 @@ def train_on_workers(
         folder=str(folder),
         eval_rows=eval_rows,
         working_folder=os.getcwd(),
+        rows=dict(rows or {}),
     )
 
     def raise_if_leaving() -> None:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from graft.core.model import StrictModel
 from graft.engine.run import load_run, train_run
 from graft.engine.run_folder import Report
@@ -14,6 +16,7 @@ from graft.engine.trainable import require_trainable
 from graft.models import pick_device
 from graft.recipe.sections import Recipe
 from graft.runtime.memory import told_of_memory
+from graft.runtime.shared_rows import shared_rows
 
 if TYPE_CHECKING:
     from graft.engine.backends.base import Backend
@@ -34,6 +37,8 @@ class WorkerConfig(StrictModel):
     eval_rows: int
     working_folder: str
     """The driver's, to which paths of the recipe relate."""
+    rows: dict[str, Any] = Field(default_factory=dict)
+    """`SharedRows`."""
 
 
 def work(config: dict[str, Any]) -> bool:
@@ -65,7 +70,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> bool:
 
     home, folder = Path(config["home"]), Path(config["folder"])
     require_trainable(recipe, pick_device(recipe.model))
-    run = load_run(recipe, home)
+    run = load_run(recipe, home, shared_rows(config["rows"], recipe))
 
     def report(said: Report) -> None:
         ray.train.report(dict(said))
