@@ -56,7 +56,8 @@ def run_arm(options: argparse.Namespace, arm: Arm, folder: Path) -> Measured:
 
     Returns:
         `makespan_s`, `startup_s` (its part until the first training step is done), held-out losses
-        and steps of the trials in the order of the points, and the folder of the winner's adapter.
+        and steps of the trials in the order of the points, and the folder of the winner's adapter;
+        of ours also what start-up and the trials past the first are made of.
     """
     return _RUNNERS[arm.kind](options, arm, folder)
 
@@ -117,13 +118,15 @@ def _run_ours(options: argparse.Namespace, arm: Arm, folder: Path) -> Measured:
     began = time.time()
     result = json.loads(_run_python(options, command, folder / "log"))
     study = Path(result["folder"])
-    ended = max(e["time_s"] for e in read_events(study / "events.jsonl") if e["event"] == "end")
+    events = read_events(study / "events.jsonl")
+    ended = max(e["time_s"] for e in events if e["event"] == "end")
     trials = sorted(result["trials"], key=lambda trial: _place(options, trial["params"]))
     lost = [trial["reason"] for trial in trials if trial["state"] not in ("complete", "stopped")]
     if lost or len(trials) != options.trials:
         raise SystemExit(f"{arm.name}: {len(trials)} trials; lost were {lost}")
     reports = [read_events(study / "trials" / str(t["number"]) / "report.jsonl") for t in trials]
     first = min((of[0] for of in reports), key=lambda report: report["time_s"])
+    until = {name: time_s - began for name, time_s in _stages(study, events).items()}
     shutil.rmtree(study)
     return {
         "makespan_s": ended - began,
@@ -134,6 +137,20 @@ def _run_ours(options: argparse.Namespace, arm: Arm, folder: Path) -> Measured:
         "trained_s": [of[-1]["seconds"] for of in reports],
         "first_trained_s": first["seconds"],
         "after_first_report_s": ended - first["time_s"],
+        "until_s": until,
+    }
+
+
+def _stages(study: Path, events: list[dict[str, Any]]) -> dict[str, float]:
+    """Tells when a search had passed the stages of its start-up, in Unix seconds."""
+    firsts: dict[str, float] = {}
+    for event in events:
+        firsts.setdefault(event["event"], event["time_s"])
+    return {
+        "checked": (study / "recipe.yaml").stat().st_mtime,  # written once all is proved
+        "ray": firsts["sampler"],
+        "base": firsts["pack"],
+        "trial": firsts["start"],
     }
 
 
@@ -151,6 +168,7 @@ def _recipe(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     content["train"]["report_every"] = every
     if arm.kind == "ours_one_step":
         content["train"] |= {"steps": 1, "report_every": 1}
+        content["search"] |= {"eval_rows": 1}
     return content
 
 

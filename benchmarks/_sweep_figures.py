@@ -28,7 +28,9 @@ def figures_of(rounds: list[Measured]) -> dict[str, float]:
             if arm["kind"] == "ours":
                 figures |= _ratios(of_tokens, arm)
             elif arm["kind"] == "ours_one_step":
-                figures |= _own_costs(of_tokens)
+                figures |= own_costs(
+                    [a for of in of_tokens for a in of if a["kind"] == arm["kind"]]
+                )
     difference = _winner_difference(rounds)
     same = float(difference <= WINNERS_AGREE)
     return figures | {"winner_same": same, "winner_loss_difference": difference}
@@ -72,17 +74,27 @@ def _steady_s(arm: Measured) -> float:
     return float(arm["makespan_s"] - arm["startup_s"])
 
 
-def _own_costs(of_tokens: list[list[Measured]]) -> dict[str, float]:
-    """Start-up, and what each trial past the first costs beside its training."""
-    arms = [arm for of in of_tokens for arm in of if arm["kind"] == "ours_one_step"]
+def own_costs(arms: list[Measured]) -> dict[str, float]:
+    """Start-up and its stages, and what each trial past the first costs beside its training.
+
+    Args:
+        arms: Ours, of one step.
+    """
+    stages = {
+        f"until_{name}_s": statistics.median(arm["until_s"][name] for arm in arms)
+        for name in arms[0]["until_s"]
+    }
+    in_first = [arm["trained_s"].count(arm["first_trained_s"]) for arm in arms]
     return {
+        **stages,
         **_spread("startup_s", [arm["startup_s"] for arm in arms], worst=max),
+        "first_step_trials": statistics.median(in_first),
         **_spread("further_trial_s", [_further_trial_s(arm) for arm in arms], worst=max),
     }
 
 
 def _further_trial_s(arm: Measured) -> float:
-    """Returns what a trial of one step costs beside that step: its measurement is in it.
+    """Returns what a trial of one step costs beside that step: measuring one row is in it.
 
     Trials that were in one step together report the same seconds.
     """

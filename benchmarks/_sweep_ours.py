@@ -135,7 +135,7 @@ def prepare(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     from graft.engine.run import load_run
     from graft.engine.train import Trainer
 
-    _write_rows(options, tokens)
+    write_rows(options, tokens)
     points = points_of(options.seed, options.trials)
     recipes = [trial_recipe(options, tokens, point) for point in points]
     run = load_run(recipes[0], options.work / "home")
@@ -198,7 +198,7 @@ def _mean_loss(model: MultiAdapterModel, slot: str, rows: list[TokenRow]) -> flo
     return float(sum(sums) / sum(counts))
 
 
-def _write_rows(options: argparse.Namespace, tokens: int) -> None:
+def write_rows(options: argparse.Namespace, tokens: int) -> None:
     """Cuts what is said in the smart home into texts of one length in tokens, each different."""
     from graft.data.template import ChatTemplate
     from graft.models import load_tokenizer, resolve_model

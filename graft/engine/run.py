@@ -110,8 +110,13 @@ class LoadedRun:
     """Digest of the adapter that `train.init_from` names; None where it has none."""
 
 
-def prepare_run(recipe: Recipe, home: Path) -> PreparedRun:
+def prepare_run(recipe: Recipe, home: Path, prepared: PreparedData | None = None) -> PreparedRun:
     """Finds base, tokenizer and rows, and checks what the recipe names; loads no weights.
+
+    Args:
+        recipe: Complete.
+        home: Where base models are kept.
+        prepared: Its rows, where they have been prepared already.
 
     Raises:
         GraftError: Of the kind that fits: model, data or settings.
@@ -124,20 +129,20 @@ def prepare_run(recipe: Recipe, home: Path) -> PreparedRun:
     require_device(recipe.model)
     ready = resolve_model(recipe.model, home)
     template = ChatTemplate(load_tokenizer(ready))
-    prepared = prepare_parts(recipe.parts, template)
+    prepared = prepared or prepare_parts(recipe.parts, template)
     require_measurable(recipe, prepared, template.context_tokens)
     require_reward_models(recipe, ready, home)
     start = start_digest(recipe, home)
     return PreparedRun(recipe, home, ready, template, prepared, start)
 
 
-def load_run(recipe: Recipe, home: Path) -> LoadedRun:
-    """Loads base, tokenizer and rows.
+def load_run(recipe: Recipe, home: Path, prepared: PreparedData | None = None) -> LoadedRun:
+    """Loads base, tokenizer and rows; arguments as `prepare_run` has them.
 
     Raises:
         GraftError: Of the kind that fits: model, data or settings.
     """
-    return prepare_run(recipe, home).load()
+    return prepare_run(recipe, home, prepared).load()
 
 
 def train_run(

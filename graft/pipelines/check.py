@@ -78,7 +78,7 @@ def check(
     recipe = space.example()
     ready = resolve_model(recipe.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    prepared = prepare_for_all(space, template, progress=progress)
+    prepared = prepare_for_all(space, template, progress=progress)[recipe.objective.row_key]
     for each in (recipe, *space.examples()):
         require_reward_models(each, ready, home)
     return CheckReport(
@@ -92,26 +92,25 @@ def check(
 
 def prepare_for_all(
     space: RecipeSpace, template: ChatTemplate, *, progress: Progress = QUIET
-) -> PreparedData:
+) -> dict[str, PreparedData]:
     """Prepares the rows of a recipe, and proves them for every objective that a hole offers.
 
     Returns:
-        Those of the example.
+        By the objective's `row_key`.
 
     Raises:
         DataError: A row or a file is wrong, an objective cannot learn from these rows, a reward or
             metric cannot score them, or an answer may be longer than the context.
     """
     example = space.example()
-    prepared = prepare_parts(example.parts, template, progress=progress)
-    known = {example.objective.row_key: prepared}
+    known = {example.objective.row_key: prepare_parts(example.parts, template, progress=progress)}
     for recipe in (example, *space.examples()):
         key = recipe.objective.row_key
         if key not in known:
             known[key] = prepare_parts(recipe.parts, template)
         searched = () if space.is_complete else report_metrics(recipe)
         require_measurable(recipe, known[key], template.context_tokens, searched=searched)
-    return prepared
+    return known
 
 
 def render_row(row: TokenRow, template: ChatTemplate) -> RenderedRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from graft.runtime.budget import Budget, Spending, read_spending
 from graft.runtime.trials import StudyFacts, TrialRecord, Winner
 
 if TYPE_CHECKING:
+    from graft.data.prepare import PreparedData
     from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
     from graft.runtime.session import RaySession
+    from graft.runtime.shared_rows import SharedRows
     from graft.runtime.study import Study
 
 RECIPE_FILE = "recipe.yaml"
@@ -133,16 +135,16 @@ def tune(
     require_storage(sections.search)
     folder = home / "studies" / sections.name
     require_writable(folder, "the study", keep=False)
-    facts = study_facts(space, home=home, progress=progress)
+    facts, prepared = prove(space, home=home, progress=progress)
     earlier = find_earlier(space, facts, folder)
-    longest = _longest_trial(space, home)
+    longest = _longest_trial(space, home, prepared)
     with open_study(folder, search, facts, progress=progress) as study:
         _save_recipe(space, folder)
         study.enqueue(space.points())
         take_over(study, earlier, space, progress)
         budget = Budget(study)
         before = budget.spending
-        with _ray_when_asked(address, num_cpus) as session:
+        with _ray_when_asked(address, num_cpus, prepared) as session:
             train = partial(_train, longest=longest, home=home, session=session, progress=progress)
             if budget.spent is None and study.has_work:
                 train(study, space, budget=budget)
@@ -154,7 +156,7 @@ def tune(
             spending, ended_by = budget.spending, budget.ended_by
             train_finals = partial(train, searched=(study, space))
             finals = run_finals(study, space, facts, train=train_finals, progress=progress)
-        winner = _settle(study, space, finals, home=home, progress=progress)
+        winner = _settle(study, space, finals, prepared, home=home, progress=progress)
         return TuneResult(
             study=sections.name,
             folder=str(folder),
@@ -198,8 +200,17 @@ def _require_device(space: RecipeSpace, address: str | None) -> None:
         require_any_trainable(space.examples(), device)
 
 
-def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -> StudyFacts:
-    """Names what the trials of a study share, after checking model and data.
+class Proved(NamedTuple):
+    """What the trials of a study share."""
+
+    facts: StudyFacts
+    """Its names."""
+    prepared: dict[str, PreparedData]
+    """Rows, by the `row_key` of the objectives that learn from them."""
+
+
+def prove(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -> Proved:
+    """Checks the model and the data of a study, and names what its trials share.
 
     Raises:
         ModelError: The base is missing or unsuitable.
@@ -215,7 +226,8 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
     example, content = space.example(), space.content()
     ready = resolve_model(example.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    proof = prepare_for_all(space, template, progress=progress).proof
+    prepared = prepare_for_all(space, template, progress=progress)
+    proof = prepared[example.objective.row_key].proof
     for recipe in (example, *space.examples()):
         require_reward_models(recipe, ready, home)
     shapes = {key: content.get(key) for key in ("method", "objective", "train")}
@@ -225,7 +237,7 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
     scales = {n: describe_space(hole) for n, hole in space.holes.items() if n.startswith("scale")}
     shapes |= {"scale": scales} if scales else {}  # what has no hole may change meanwhile
     shapes |= mixture_facts(example.data)
-    return StudyFacts(
+    facts = StudyFacts(
         space=sha256_json(shapes),
         model=sha256_json(
             [ready.digest, example.model.dtype, example.model.quantization.model_dump(mode="json")]
@@ -234,6 +246,7 @@ def study_facts(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -
         objectives=tuple(f"{o.metric} {o.mode}" for o in example.search.objectives),
         eval_rows=example.search.eval_rows,
     )
+    return Proved(facts, prepared)
 
 
 def _save_recipe(space: RecipeSpace, folder: Path) -> None:
@@ -242,7 +255,7 @@ def _save_recipe(space: RecipeSpace, folder: Path) -> None:
     write_atomic(folder / RECIPE_FILE, to_yaml(space.content()))
 
 
-def _longest_trial(space: RecipeSpace, home: Path) -> int:
+def _longest_trial(space: RecipeSpace, home: Path, prepared: Mapping[str, PreparedData]) -> int:
     """Returns its steps or tokens, whichever the search's rungs count.
 
     Raises:
@@ -254,20 +267,26 @@ def _longest_trial(space: RecipeSpace, home: Path) -> int:
     counts_tokens = search.scheduler.type == "asha" and search.scheduler.unit == "tokens"
     if search.max_tokens is None and not counts_tokens:
         return most_steps(space)
-    tokens = trial_tokens(space, home)
+    tokens = trial_tokens(space, home, prepared)
     require_lengths(search, tokens)
     return tokens.most if counts_tokens else most_steps(space)
 
 
 @contextmanager
 def _ray_when_asked(
-    address: str | None, num_cpus: int | None
-) -> Iterator[Callable[[], RaySession]]:
-    """One Ray session for both stages, which is not started where neither has work."""
+    address: str | None, num_cpus: int | None, prepared: Mapping[str, PreparedData]
+) -> Iterator[Callable[[], tuple[RaySession, SharedRows]]]:
+    """One Ray session for both stages, with the rows in it; none starts where neither has work."""
     from graft.runtime.session import ray_session
+    from graft.runtime.shared_rows import share_rows
 
     with ExitStack() as opened:
-        yield cache(lambda: opened.enter_context(ray_session(address, num_cpus=num_cpus)))
+
+        def start() -> tuple[RaySession, SharedRows]:
+            session = opened.enter_context(ray_session(address, num_cpus=num_cpus))
+            return session, share_rows(prepared)
+
+        yield cache(start)
 
 
 def _train(
@@ -278,11 +297,11 @@ def _train(
     searched: tuple[Study, RecipeSpace] | None = None,
     longest: int,
     home: Path,
-    session: Callable[[], RaySession],
+    session: Callable[[], tuple[RaySession, SharedRows]],
     progress: Progress,
 ) -> None:
     """Trains what is left of a search, or of the re-runs of one, whose budget is their number."""
-    ray = session()
+    ray, rows = session()
     from graft.runtime.search import Search
 
     Search(
@@ -292,13 +311,20 @@ def _train(
         longest=longest,
         home=home,
         session=ray,
+        rows=rows,
         progress=progress,
         searched=searched,
     ).run()
 
 
 def _settle(
-    study: Study, space: RecipeSpace, finals: Finals | None, *, home: Path, progress: Progress
+    study: Study,
+    space: RecipeSpace,
+    finals: Finals | None,
+    prepared: Mapping[str, PreparedData],
+    *,
+    home: Path,
+    progress: Progress,
 ) -> Winner:
     """Evaluates the winner on all held-out rows and publishes it, once."""
     from graft.artifacts import Store
@@ -311,7 +337,7 @@ def _settle(
     is_known = known is not None and (known.number, known.seed) == (number, seed)
     if known is not None and is_known and known.artifact in store.digests():
         return known
-    run = load_run(recipe, home)
+    run = load_run(recipe, home, prepared.get(recipe.objective.row_key))
     kept = read_progress(folder, run_facts(run))
     if kept is None:
         raise ConfigError(

@@ -23,6 +23,7 @@ from graft.runtime.trials import (
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
     from graft.recipe.sections import Recipe
+    from graft.runtime.shared_rows import SharedRows
     from graft.runtime.study import Study
 
 _LOOK_EVERY_S = 0.2
@@ -39,7 +40,7 @@ class DedicatedTrial(Trainable):
     `needed_bytes`, the memory that a worker is predicted to take of its device.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any], rows: SharedRows | None = None) -> None:
         """Starts the run, in a thread."""
         from graft.engine.checkpoint import newest_step
         from graft.engine.run_folder import CHECKPOINTS, RECIPE_FILE
@@ -50,7 +51,7 @@ class DedicatedTrial(Trainable):
         if recipe.scale.threads is None:
             scale = recipe.scale.model_copy(update={"threads": config["threads"]})
             recipe = recipe.model_copy(update={"scale": scale})
-        self._recipe = recipe
+        self._recipe, self._rows = recipe, rows
         self._needed_bytes = int(config.get("needed_bytes", 0))
         self._steps = newest_step(self._folder / CHECKPOINTS)
         self._error: Exception | None = None
@@ -110,6 +111,7 @@ class DedicatedTrial(Trainable):
                 eval_rows=recipe.search.eval_rows,
                 leaves=self._leaves.is_set,
                 needed_bytes=self._needed_bytes,
+                rows=self._rows,
             )
         except Exception as error:
             self._error = error

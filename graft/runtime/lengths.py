@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +11,7 @@ from graft.core.errors import ConfigError
 from graft.objectives.sampling import SamplingObjective
 
 if TYPE_CHECKING:
+    from graft.data.prepare import PreparedData
     from graft.data.records import TokenRow
     from graft.recipe.search import SearchSection
     from graft.recipe.sections import Recipe
@@ -31,10 +32,17 @@ def most_steps(space: RecipeSpace) -> int:
     return max(recipe.train.steps for recipe in space.examples())
 
 
-def trial_tokens(space: RecipeSpace, home: Path) -> TrialTokens:
+def trial_tokens(
+    space: RecipeSpace, home: Path, prepared: Mapping[str, PreparedData] | None = None
+) -> TrialTokens:
     """Counts the tokens of the shortest and of the longest trial that a space allows.
 
     Sampled answers are taken to be as short as they can be, and as long as they may be.
+
+    Args:
+        space: What trials are of.
+        home: Where base models are kept.
+        prepared: Rows that there are already, by the objective's `row_key`.
 
     Raises:
         ModelError: The tokenizer is missing.
@@ -42,7 +50,11 @@ def trial_tokens(space: RecipeSpace, home: Path) -> TrialTokens:
     """
     recipes = space.examples()
     by_rows = {recipe.objective.row_key: recipe for recipe in recipes}
-    rows = {key: training_rows(recipe, home) for key, recipe in by_rows.items()}
+    known = prepared or {}
+    rows = {
+        key: known[key].train if key in known else training_rows(recipe, home)
+        for key, recipe in by_rows.items()
+    }
     spans = [_row_span(recipe, rows[recipe.objective.row_key]) for recipe in recipes]
     batch_sizes = [recipe.train.batch_size for recipe in recipes]
     steps = min(_fewest_steps(recipe) for recipe in recipes)

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MOMENT_S = 2.0
+"""At most, for trials that stand at a report or take the place of one that has ended."""
+_LOOK_EVERY_S = 0.05
+
 
 @dataclass
 class _Seat:
@@ -87,6 +91,7 @@ class Pack:
         template: Of the base; needed where an objective samples answers.
         judges: Reward models that objectives ask.
         lease_s: A trial that has not asked for this long has lost its runner and is removed.
+        arrives_within_s: Before the first step, trials on their way are waited for so long.
         fits: Tells whether some trials have room together; one alone always gets a seat.
     """
 
@@ -100,6 +105,7 @@ class Pack:
         template: ChatTemplate | None = None,
         judges: RewardModels | None = None,
         lease_s: float = 180.0,
+        arrives_within_s: float = 10.0,
         fits: Callable[[Sequence[Recipe]], bool] = lambda recipes: True,
     ) -> None:
         self._trainer = Trainer(model, template=template, judges=judges)
@@ -107,10 +113,15 @@ class Pack:
         self._home = home
         self._num_slots = slots
         self._lease_s = lease_s
+        self._arrives_within_s = arrives_within_s
         self._fits = fits
         self._full_at = 0
         """Trials in training beside which the next one had no room; 0 where it was not tried."""
         self._seats: dict[int, _Seat] = {}
+        self._expected: dict[int, float] = {}
+        """Trial on its way to a seat → when that was said."""
+        self._ready_s: float | None = None
+        """Since when somebody is ready for the next step."""
         self._changed = threading.Condition()
         self._loss: Loss | None = None
         self._closed = False
@@ -119,6 +130,17 @@ class Pack:
         self._thread.start()
 
     # What trials call, from any thread
+
+    def expect(self, number: int) -> None:
+        """Says that a trial is on its way: others wait a moment rather than step without it.
+
+        That is `arrives_within_s` before the pack's first step, when processes are being started,
+        and later at most as long as a step takes.
+        """
+        with self._changed:
+            seat = self._seats.get(number)
+            if seat is None or seat.leaves:
+                self._expected[number] = time.monotonic()
 
     def join(self, number: int, folder: str) -> None:
         """Asks for a seat; a trial that sits already keeps its own.
@@ -131,6 +153,7 @@ class Pack:
             run = self._run_of(recipe)
         except GraftError as error:
             fail_trial(Path(folder), str(error))
+            self.leave(number)
             raise
         with self._changed:
             seat = self._seats.get(number)
@@ -149,6 +172,7 @@ class Pack:
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
+            self._expected.pop(number, None)  # it is here, and waits in its seat
             while True:
                 if self._loss is not None:
                     raise TrainingError(self._loss.words)
@@ -169,11 +193,12 @@ class Pack:
                 self._changed.wait(min(left, self._lease_s / 4))  # whoever waits renews the lease
 
     def leave(self, number: int) -> None:
-        """Gives the seat up; harmless when repeated."""
+        """Gives the seat up, or the way to it; harmless when repeated."""
         with self._changed:
+            self._expected.pop(number, None)
             if (seat := self._seats.get(number)) is not None:
                 seat.leaves = True
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def seated(self) -> dict[int, str]:
         """Trials in the pack and what they do."""
@@ -272,28 +297,54 @@ class Pack:
             seat.asked_after = max(seat.asked_after, seat.reported)
 
     def _await_ready(self) -> list[str]:
-        """Waits until a trial may step, and a moment more for those that stand at a report."""
+        """Waits until a trial may step, and a moment more for those that would step with it.
+
+        Returns:
+            Who steps now; nobody where somebody takes a seat first.
+        """
         with self._changed:
             self._changed.wait_for(self._has_work, timeout=1.0)
-            self._changed.wait_for(self._is_complete, timeout=min(2.0, self._last_step_s))
-            return [str(s.number) for s in self._seats.values() if s.is_ready and not s.leaves]
+            while (ready := self._ready()) and not self._has_newcomer() and self._waits():
+                self._changed.wait(_LOOK_EVERY_S)
+            if not ready:
+                self._ready_s = None
+            return [] if self._has_newcomer() else ready
+
+    def _ready(self) -> list[str]:
+        return [str(s.number) for s in self._seats.values() if s.is_ready and not s.leaves]
 
     def _has_work(self) -> bool:
-        count = len(self._trainer.slots)
-        has_room = count < self._num_slots and not count == self._full_at > 0
-        return self._closed or any(
-            s.is_ready or s.leaves or (s.state == "waiting" and has_room)
-            for s in self._seats.values()
+        return (
+            self._closed
+            or any(s.is_ready or s.leaves for s in self._seats.values())
+            or self._has_newcomer()
         )
 
-    def _is_complete(self) -> bool:
-        """Nobody who trains stands at a report."""
-        return self._closed or all(
-            s.is_ready or s.leaves or s.state != "training" for s in self._seats.values()
+    def _has_newcomer(self) -> bool:
+        """Tells whether a trial waits that has a seat once those that leave are gone."""
+        seats, count = self._seats.values(), len(self._trainer.slots)
+        has_room = count < self._num_slots and not count == self._full_at > 0
+        is_waiting = any(s.state == "waiting" and not s.leaves for s in seats)
+        return is_waiting and (has_room or any(s.leaves for s in seats))
+
+    def _waits(self) -> bool:
+        """Tells whether the next step is better done a moment later, with more trials in it."""
+        now = time.monotonic()
+        self._ready_s = self._ready_s or now
+        waited_s = now - self._ready_s
+        comes = any(now - said < self._arrives_within_s for said in self._expected.values())
+        if self._closed:
+            return False
+        if not self._last_step_s:
+            return comes and waited_s < self._arrives_within_s
+        stands = any(
+            not (s.is_ready or s.leaves or s.state == "waiting") for s in self._seats.values()
         )
+        return (comes or stands) and waited_s < min(_MOMENT_S, self._last_step_s)
 
     def _step(self, names: list[str]) -> None:
         started = time.monotonic()
+        self._ready_s = None
         reports = self._trainer.step(names)
         for name, step in reports.items():
             seat = self._seats.get(int(name))

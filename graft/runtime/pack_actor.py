@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.recipe.sections import Recipe
+from graft.runtime.shared_rows import SharedRows, shared_rows
 
 if TYPE_CHECKING:
+    from graft.data.prepare import PreparedData
     from graft.engine.memory.cap import Limits
     from graft.engine.run import LoadedRun
     from graft.runtime.placement import PackPlace
@@ -27,6 +30,7 @@ class PackActor:
         threads: For torch.
         limits: What the machines have; None seats trials without looking at memory.
         needed_bytes: Of the device, that are to be free before the base is loaded.
+        rows: Prepared by the driver; what is not among them is prepared here.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class PackActor:
         threads: int,
         limits: Limits | None = None,
         needed_bytes: int = 0,
+        rows: SharedRows | None = None,
     ) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is loaded
         import torch
 
         from graft.engine.memory.cap import MemoryCap
@@ -51,11 +57,12 @@ class PackActor:
         logging.getLogger("graft").setLevel(logging.INFO)
         torch.set_num_threads(threads)
         self._home = Path(home)
-        first = Recipe.model_validate_json(recipe)
-        wait_until_free(pick_device(first.model), needed_bytes)
-        self._base = load_run(first, self._home)
+        self._rows = rows or {}
+        example = Recipe.model_validate_json(recipe)
+        wait_until_free(pick_device(example.model), needed_bytes)
+        self._base = load_run(example, self._home, shared_rows(self._rows, example))
         self._lock = threading.Lock()
-        self._prepared = {self._base.recipe.objective.row_key: self._base.prepared}
+        self._prepared = {example.objective.row_key: self._base.prepared}
         cap = MemoryCap(ModelShape.of(self._base.ready), limits) if limits else None
         self._pack = Pack(
             self._base.model,
@@ -66,6 +73,10 @@ class PackActor:
             judges=self._base.judges,
             fits=cap.fits if cap else lambda recipes: True,
         )
+
+    def expect(self, number: int) -> None:
+        """Says that a trial is on its way; see `Pack.expect`."""
+        self._pack.expect(number)
 
     def join(self, number: int, folder: str) -> None:
         """Seats a trial; see `Pack.join`."""
@@ -93,14 +104,17 @@ class PackActor:
         with self._lock:
             prepared = self._prepared.get(recipe.objective.row_key)
             if prepared is None:
-                from graft.data.mixture import prepare_parts
-
-                prepared = prepare_parts(recipe.parts, self._base.template)
+                prepared = shared_rows(self._rows, recipe) or self._prepare(recipe)
                 self._prepared[recipe.objective.row_key] = prepared
             if self._base.judges is not None:
                 self._base.judges.load(recipe)
         start = start_digest(recipe, self._home)
         return replace(self._base, recipe=recipe, prepared=prepared, start=start)
+
+    def _prepare(self, recipe: Recipe) -> PreparedData:
+        from graft.data.mixture import prepare_parts
+
+        return prepare_parts(recipe.parts, self._base.template)
 
 
 def start_pack(
@@ -112,6 +126,7 @@ def start_pack(
     place: PackPlace,
     limits: Limits | None = None,
     needed_bytes: int = 0,
+    rows: SharedRows | None = None,
 ) -> Any:  # an actor handle, which Ray leaves untyped
     """Starts a pack actor that lives as long as this driver's job, in its place."""
     import ray
@@ -124,7 +139,6 @@ def start_pack(
         num_gpus=place.gpus,
         scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False),
         max_concurrency=2 * slots + 8,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     )
     return actor.remote(
         recipe.model_dump_json(),
@@ -133,4 +147,5 @@ def start_pack(
         threads=threads,
         limits=limits,
         needed_bytes=needed_bytes,
+        rows=rows,
     )

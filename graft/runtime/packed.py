@@ -89,11 +89,25 @@ class PackedTrial(Trainable):
 
 
 class SeatCallback(TrialCallback):
-    """Frees the seats of ended trials from the driver too, for trials whose process is gone."""
+    """Keeps an eye on the packs, and frees the seats of ended trials: their process may be gone.
+
+    A pack is told of an end in the next round of Tune's loop, once it knows who comes instead: else
+    it would do a step without that trial.
+    """
 
     def __init__(self, packs: Packs) -> None:
         self._packs = packs
+        self._left: list[int] = []
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Looks whether packs have their base; before Tune asks for trials."""
+        self._packs.look()
+        self._left = self._packs.left
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Frees the seat."""
         self._packs.leave(trial.config["trial"])
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tells the packs who had left before this round."""
+        self._packs.tell_left(self._left)

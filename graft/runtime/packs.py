@@ -1,7 +1,8 @@
 """The packs of a search: one on every device of the cluster, and which trial sits in which.
 
-A pack takes trials as soon as it has its base; a search begins with the first that has. One that is
-lost with its node, or breaks, is given up: its trials take seats in the others.
+A pack takes trials as soon as it has its base; a search begins with the first that has. The only
+pack there is takes them at once: their processes start while it loads. One that is lost with its
+node, or breaks, is given up: its trials take seats in the others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import re
 import time
 import uuid
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ from graft.runtime.trials import Loss
 if TYPE_CHECKING:
     from graft.engine.memory.cap import Limits
     from graft.recipe.sections import Recipe
+    from graft.runtime.shared_rows import SharedRows
 
 _ANSWERS_WITHIN_S = 120.0
 _LOOK_EVERY_S = 0.5
@@ -42,6 +45,8 @@ class _Pack:
     """Of Ray: resolves once the pack answers."""
     is_ready: bool = False
     trials: set[int] = field(default_factory=set)
+    left: list[int] = field(default_factory=list)
+    """Ended, which the pack has not been told."""
 
 
 class Packs(Seats):
@@ -54,7 +59,9 @@ class Packs(Seats):
         uses_gpu: Whether a pack computes on a GPU.
         limits: What the machines have.
         needed_bytes: That are to be free on a pack's device before it loads its base.
+        rows: Prepared by the driver.
         progress: Told when there is no room.
+        say: Told, as an event, of each pack that has its base.
     """
 
     def __init__(
@@ -66,15 +73,23 @@ class Packs(Seats):
         uses_gpu: bool,
         limits: Limits | None = None,
         needed_bytes: int = 0,
+        rows: SharedRows | None = None,
         progress: Progress = QUIET,
+        say: Callable[..., object] = lambda event, **fields: None,
     ) -> None:
         self._slots = slots
         self._progress = progress
+        self._say = say
         self._packs: dict[str, _Pack] = {}
         self._pack_of: dict[int, str] = {}
         """Trial → the pack that it sits in, or sat in last."""
+        self._next: _Pack | None = None
+        """Whose seat was found free last."""
         self._failure: TrainingError | None = None
         """Why the last pack that could not start did not."""
+        self._has_begun = False
+        """A pack has had its base."""
+        self._started, self._has_said = time.monotonic(), False
         for place in pack_places(ray.nodes(), uses_gpu=uses_gpu):
             name = f"graft-pack-{uuid.uuid4().hex[:8]}"
             actor = start_pack(
@@ -85,17 +100,20 @@ class Packs(Seats):
                 place=place,
                 limits=limits,
                 needed_bytes=needed_bytes,
+                rows=rows,
             )
             self._packs[name] = _Pack(name, actor, place, actor.seated.remote())
 
     def __enter__(self) -> Packs:
-        """Waits for the first pack that has its base.
+        """Waits for the first pack that has its base, unless there is but one.
 
         Raises:
             TrainingError: None could start, as the last of them says; or there is no node for one.
         """
         try:
-            self._await_first()
+            while len(self._packs) != 1 and not self._has_begun:
+                self.look()
+                ray.wait([pack.loaded for pack in self._packs.values()], timeout=_LOOK_EVERY_S)
         except BaseException:
             self.__exit__()
             raise
@@ -110,30 +128,65 @@ class Packs(Seats):
         """Trials that sit at once when all packs are there."""
         return self._slots * len(self._packs)
 
+    def look(self) -> None:
+        """Notices what becomes of packs that load their base; to be called now and then.
+
+        Raises:
+            TrainingError: None could start, as the last of them says; or there is no node for one.
+        """
+        if self._has_begun or any(self._answers(pack) for pack in list(self._packs.values())):
+            return
+        if not self._packs:
+            raise self._failure or TrainingError(
+                "no node of the cluster has a core for a pack of trials (on GPUs: a core and a "
+                "GPU); join one, and the same command goes on"
+            )
+        if not self._has_said and time.monotonic() - self._started > _SAY_AFTER_S:
+            self._has_said = True
+            self._progress.note(self._waiting_words())
+
     def has_seat(self) -> bool:
-        """Tells whether a pack that has its base has a free seat."""
-        return self._freest() is not None
+        """Tells whether a pack that may take trials has a free seat."""
+        self.look()
+        self._next = self._freest()
+        return self._next is not None
 
     def take(self, number: int) -> dict[str, Any]:
-        """Seats a trial where most seats are free."""
-        pack = self._freest()
+        """Seats a trial where most seats were free when that was asked."""
+        pack = self._next
         assert pack is not None  # nobody else takes seats between the question and this
         pack.trials.add(number)
+        pack.left = [other for other in pack.left if other != number]
         self._pack_of[number] = pack.name
+        pack.actor.expect.remote(number)
         return {"pack": pack.name}
 
     def leave(self, number: int) -> None:
-        """Frees a trial's seat, in the pack too: its process may be gone; harmless twice."""
+        """Frees a trial's seat for another one; harmless twice."""
         pack = self._packs.get(self._pack_of.get(number, ""))
         if pack is not None and number in pack.trials:
             pack.trials.remove(number)
-            pack.actor.leave.remote(number)
+            pack.left.append(number)
+
+    @property
+    def left(self) -> list[int]:
+        """Trials that have left, which their packs have not been told."""
+        return [number for pack in self._packs.values() for number in pack.left]
+
+    def tell_left(self, numbers: Collection[int]) -> None:
+        """Tells the packs which trials have left: their processes may be gone."""
+        for pack in self._packs.values():
+            for number in sorted(set(pack.left).intersection(numbers)):
+                pack.left.remove(number)
+                pack.actor.leave.remote(number)
 
     def loss_of(self, number: int) -> Loss | None:
         """Says whether the pack of a trial is lost, and whether memory was the reason."""
         pack = self._packs.get(self._pack_of[number])
         if pack is None:
             return Loss("the pack was lost with another trial of it")
+        if not self._answers(pack):  # it never had its base: `look` says why
+            return None if pack.name in self._packs else Loss("the pack could not load its base")
         loss = _loss(pack.actor)
         return loss and loss._replace(trials=loss.trials or tuple(pack.trials | {number}))
 
@@ -143,11 +196,10 @@ class Packs(Seats):
         return any(self._answers(pack) for pack in list(self._packs.values()))
 
     def _freest(self) -> _Pack | None:
-        free = [
-            pack
-            for pack in list(self._packs.values())
-            if len(pack.trials) < self._slots and self._answers(pack)
-        ]
+        open_to = [pack for pack in list(self._packs.values()) if self._answers(pack)]
+        if not open_to and len(self._packs) == 1:
+            open_to = list(self._packs.values())
+        free = [pack for pack in open_to if len(pack.trials) < self._slots]
         return min(free, key=lambda pack: len(pack.trials), default=None)
 
     def _answers(self, pack: _Pack) -> bool:
@@ -160,21 +212,10 @@ class Packs(Seats):
                 self._progress.note(f"a pack could not start: {self._failure}")
                 self._give_up(pack.name)
                 return False
-            pack.is_ready = True
+            pack.is_ready = self._has_begun = True
+            loaded_s = time.monotonic() - self._started
+            self._say("pack", node=pack.place.node_id, seconds=loaded_s)
         return pack.is_ready
-
-    def _await_first(self) -> None:
-        started, has_said = time.monotonic(), False
-        while not any(self._answers(pack) for pack in list(self._packs.values())):
-            if not self._packs:
-                raise self._failure or TrainingError(
-                    "no node of the cluster has a core for a pack of trials (on GPUs: a core and a "
-                    "GPU); join one, and the same command goes on"
-                )
-            ray.wait([pack.loaded for pack in self._packs.values()], timeout=_LOOK_EVERY_S)
-            if not has_said and time.monotonic() - started > _SAY_AFTER_S:
-                has_said = True
-                self._progress.note(self._waiting_words())
 
     def _waiting_words(self) -> str:
         place = next(iter(self._packs.values())).place

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
     from graft.recipe.sections import Recipe, ScaleSection
     from graft.recipe.space import RecipeSpace
+    from graft.runtime.shared_rows import SharedRows
 
 Stage = Literal["search", "finalists"]
 """`finalists`: what is trained has been begun already, and nothing is sampled."""
@@ -58,6 +59,7 @@ class Search:
         home: Seen by every node.
         session: The Ray cluster.
         progress: Told of every trial.
+        rows: Of its recipes; those that are missing are prepared where they are trained on.
         searched: The search whose finalists the study trains again, and its space; None where it is
             the search itself.
     """
@@ -72,6 +74,7 @@ class Search:
         home: Path,
         session: RaySession,
         progress: Progress,
+        rows: SharedRows | None = None,
         searched: tuple[Study, RecipeSpace] | None = None,
     ) -> None:
         self._study = study
@@ -80,6 +83,7 @@ class Search:
         self._longest = longest
         self._home = home
         self._session = session
+        self._rows = rows
         self._section = study.section
         self._stage: Stage = "search" if searched is None else "finalists"
         self._watch = TrialWatch(study, progress, self._stage)
@@ -167,7 +171,9 @@ class Search:
             uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
             limits=memory.limits,
             needed_bytes=memory.beside_process(queue.first("packed")),
+            rows=self._rows,
             progress=self._watch.progress,
+            say=self._watch.say,
         ) as packs:
             return self._fit(
                 tune.with_resources(PackedTrial, ON_HEAD),
@@ -186,7 +192,7 @@ class Search:
         cpus = ray.cluster_resources().get("CPU", 1.0)
         seats = DedicatedSeats(self._study, memory, self._watch.progress)
         return self._fit(
-            tune.with_resources(DedicatedTrial, ON_HEAD),
+            tune.with_resources(tune.with_parameters(DedicatedTrial, rows=self._rows), ON_HEAD),
             queue,
             StudySearcher(queue, "dedicated", seats),
             concurrent=concurrent,

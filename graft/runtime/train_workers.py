@@ -41,6 +41,8 @@ from graft.runtime.worker import LEAVE_FILE, WorkerConfig, work
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError, UserCallback
 
+    from graft.runtime.shared_rows import SharedRows
+
 _MAX_VAIN_RESTARTS = 2
 _START_TIMEOUT_S = 180
 _WATCH_EVERY_S = 1.0
@@ -63,6 +65,7 @@ def train_on_workers(
     leaves: Callable[[], bool] = lambda: False,
     grow_after_s: float = 60.0,
     needed_bytes: int = 0,
+    rows: SharedRows | None = None,
 ) -> TrainResult:
     """Trains a recipe on `scale.workers` workers; goes on where the folder's newest checkpoint is.
 
@@ -80,6 +83,7 @@ def train_on_workers(
         grow_after_s: Elastic workers become more at the earliest so long after they started.
         needed_bytes: That a worker is predicted to take of its device, which is to be free before
             it loads; 0 looks at GPUs only, and warns.
+        rows: That somebody has prepared; None, or others than the recipe's, and workers do it.
 
     Raises:
         ConfigError: The cluster is too small for `scale.workers`, or a disk for what is swapped.
@@ -95,6 +99,7 @@ def train_on_workers(
         eval_rows=eval_rows,
         working_folder=os.getcwd(),
         needed_bytes=needed_bytes,
+        rows=dict(rows or {}),
     )
     say = partial(say_of_run, folder)
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from graft.core.model import StrictModel
 from graft.engine.memory.free import wait_until_free
 from graft.engine.run import load_run, train_run
@@ -16,6 +18,7 @@ from graft.engine.trainable import require_trainable
 from graft.models import pick_device
 from graft.recipe.sections import Recipe
 from graft.runtime.memory import told_of_memory
+from graft.runtime.shared_rows import shared_rows
 from graft.runtime.trials import say_of_run
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ class WorkerConfig(StrictModel):
     """The driver's, to which paths of the recipe relate."""
     needed_bytes: int = 0
     """Of a worker's device, predicted; 0 where nobody did."""
+    rows: dict[str, Any] = Field(default_factory=dict)
+    """`SharedRows`."""
 
 
 def work(config: dict[str, Any]) -> bool:
@@ -71,7 +76,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> bool:
     home, folder = Path(config["home"]), Path(config["folder"])
     require_trainable(recipe, pick_device(recipe.model))
     _prove_free(recipe, folder, config["needed_bytes"])
-    run = load_run(recipe, home)
+    run = load_run(recipe, home, shared_rows(config["rows"], recipe))
 
     def report(said: Report) -> None:
         ray.train.report(dict(said))

@@ -1,5 +1,6 @@
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from graft.engine.run_folder import read_reports
 from graft.pipelines.train import train
 from graft.recipe import Recipe, load_recipe
 from graft.runtime.session import ray_session
+from graft.runtime.shared_rows import share_rows
 from graft.runtime.train_workers import train_on_workers
 
 pytestmark = [
@@ -55,9 +57,15 @@ def recipe_for(model_folder: Path, data_folder: Path, **sections: Any) -> Recipe
 def test_two_workers_under_zero_2_lose_as_one_process_does_at_every_step(
     tmp_path: Path, model_folder: Path, data_folder: Path, ray_cpus: int
 ) -> None:
-    recipe = recipe_for(model_folder, data_folder)
-    result = train_on_workers(recipe, home=tmp_path, folder=tmp_path / "two", eval_rows=8)
-    train_run(load_run(recipe, tmp_path), tmp_path / "one", home=tmp_path, eval_rows=8)
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    recipe = recipe_for(model_folder, data)
+    run = load_run(recipe, tmp_path)
+    train_run(run, tmp_path / "one", home=tmp_path, eval_rows=8)
+    shutil.rmtree(data)  # the workers read what this process has prepared
+    rows = share_rows({recipe.objective.row_key: run.prepared})
+    result = train_on_workers(
+        recipe, home=tmp_path, folder=tmp_path / "two", eval_rows=8, rows=rows
+    )
     alone, workers = read_reports(tmp_path / "one"), read_reports(tmp_path / "two")
     assert [report["steps"] for report in workers] == [1, 2, 3, 4, 5, 6]
     for given, expected in zip(workers, alone, strict=True):

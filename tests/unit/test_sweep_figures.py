@@ -26,7 +26,12 @@ def arm(kind: str, makespan_s: float, startup_s: float, size: int = 1, **more: A
     return {**known, "makespan_s": makespan_s, "startup_s": startup_s, **more}
 
 
-ONE_STEP = {"trained_s": [1.0, 1.0, 3.0], "first_trained_s": 1.0, "after_first_report_s": 4.0}
+ONE_STEP = {
+    "trained_s": [1.0, 1.0, 3.0],
+    "first_trained_s": 1.0,
+    "after_first_report_s": 4.0,
+    "until_s": {"checked": 5.0, "base": 15.0},
+}
 ROUNDS = [
     {
         "tokens": 64,
@@ -80,6 +85,8 @@ def test_a_further_trial_costs_what_is_beside_the_steps_after_the_first_report(
     figures = benchmarks._sweep_figures.figures_of(ROUNDS)
     assert figures["further_trial_s"] == pytest.approx((4.0 - 3.0) / 2)
     assert (figures["startup_s"], figures["startup_s_worst"]) == (22.0, 23.0)
+    assert (figures["until_checked_s"], figures["until_base_s"]) == (5.0, 15.0)
+    assert figures["first_step_trials"] == 2
 
 
 def test_a_winner_is_the_same_within_one_percent_where_nothing_was_stopped(

@@ -86,7 +86,11 @@ class MemoryCap:
 
     def fits(self, recipes: Sequence[Recipe]) -> bool:
         """Tells whether runs fit together, as slots of one base."""
-        return self.need(recipes) <= min(self.limit(recipe) for recipe in recipes)
+        limit = min(self.limit(recipe) for recipe in recipes)
+        largest = max(self.need([recipe]) for recipe in recipes)
+        if len(recipes) * largest <= limit:  # on one base they need less: no dry run of so many
+            return True
+        return self.need(recipes) <= limit
 
     def node_room(self, recipes: Sequence[Recipe]) -> float:
         """Counts the workers of runs, whichever these are, that a node has memory for."""

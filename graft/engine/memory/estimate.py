@@ -210,6 +210,9 @@ def _stand_in(method: Method, shape: ModelShape) -> Method:
         return STAND_IN
     if not isinstance(method, LoraFamily):
         return method
+    # What changes no size would make another dry run for each of many trials.
+    dropout = 0.5 if method.lora_dropout else 0.0
+    method = method.model_copy(update={"lora_alpha": 1.0, "lora_dropout": dropout})
     sizes = [shape.linears[site.name] for site in method.sites(shape.linears)]
     if not any(isinstance(size, FusedSize) for size in sizes):
         return method

@@ -15,7 +15,7 @@ from graft.engine.run_folder import read_reports
 from graft.pipelines.check import check
 from graft.pipelines.evaluate import evaluate_reference
 from graft.pipelines.train import train
-from graft.pipelines.tune import study_facts
+from graft.pipelines.tune import prove
 from graft.pipelines.watch import fit_reference, monitor_settings
 from graft.recipe import load_recipe
 from graft.testing import tiny_rows
@@ -108,7 +108,7 @@ def test_a_search_for_one_sources_metric_measures_it_at_each_report(
 def test_what_a_study_stands_on_has_the_mixture_in_it(recipe_file: Path, tmp_path: Path) -> None:
     def facts(*overrides: str) -> str:
         space = load_recipe(recipe_file, ["train.lr={log: [1.0e-4, 1.0e-2]}", *overrides])
-        return study_facts(space, home=tmp_path / "home").space
+        return prove(space, home=tmp_path / "home").facts.space
 
     assert facts() == facts()
     assert facts("data.sources.0.weight=3") != facts()
@@ -119,7 +119,7 @@ def test_a_study_stands_on_the_choices_of_scale_and_not_on_its_fixed_settings(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     def facts(*overrides: str) -> str:
-        return study_facts(load_recipe(recipe_file, overrides), home=tmp_path / "home").space
+        return prove(load_recipe(recipe_file, overrides), home=tmp_path / "home").facts.space
 
     few, more = (f"scale.zero_stage={{choice: {stages}}}" for stages in ([0, 1], [0, 1, 2]))
     assert facts(few) != facts(more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def packs(loaded: LoadedRun, tmp_path: Path) -> Iterator[Any]:
         prepared = prepare_parts(recipe.parts, loaded.template)
         return replace(loaded, recipe=recipe, prepared=prepared)
 
-    def make(slots: int = 4, lease_s: float = 60.0) -> Pack:
+    def make(slots: int = 4, lease_s: float = 60.0, arrives_within_s: float = 60.0) -> Pack:
         opened.append(
             Pack(
                 loaded.model,
@@ -64,6 +65,7 @@ def packs(loaded: LoadedRun, tmp_path: Path) -> Iterator[Any]:
                 slots=slots,
                 template=loaded.template,
                 lease_s=lease_s,
+                arrives_within_s=arrives_within_s,
             )
         )
         return opened[-1]
@@ -127,6 +129,72 @@ def test_a_trial_stands_still_until_its_next_report_is_asked_for(
     follow(pack, 1, until=6)
     assert [r["steps"] for r in read_reports(first)] == [2]
     assert [r["steps"] for r in read_reports(second)] == [2, 4, 6]
+
+
+def test_the_first_step_waits_for_the_trials_that_are_on_their_way(
+    packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    pack = packs()
+    for number in range(3):
+        pack.expect(number)
+    for number in range(3):
+        trial = seat(pack, tmp_path, number, loaded.recipe)
+        if number < 2:
+            assert pack.next_report(number, 0, timeout_s=0.1) is None
+            assert read_reports(trial) == []
+    pack.next_report(2, 0, timeout_s=0.0)
+    reports = [follow(pack, number, until=2)[0] for number in range(3)]
+    assert len({report["seconds"] for report in reports}) == 1, "all were in the same steps"
+
+
+@pytest.mark.parametrize("end", ["its runner dies", "its recipe is wrong"])
+def test_a_trial_that_ends_on_its_way_is_not_waited_for(
+    end: str, packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    pack = packs()
+    for number in range(2):
+        pack.expect(number)
+    seat(pack, tmp_path, 0, loaded.recipe)
+    assert pack.next_report(0, 0, timeout_s=0.1) is None
+    started = time.monotonic()
+    if end == "its runner dies":
+        pack.leave(1)
+    else:
+        content = {**loaded.recipe.model_dump(mode="json"), "objective": {"type": "dpo"}}
+        with pytest.raises(DataError):
+            seat(pack, tmp_path, 1, Recipe.model_validate_json(json.dumps(content)))
+    assert follow(pack, 0)[-1]["steps"] == 6
+    assert time.monotonic() - started < 30
+
+
+def test_a_trial_that_never_comes_is_waited_for_only_so_long(
+    packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    pack = packs(arrives_within_s=0.5)
+    started = time.monotonic()
+    for number in range(2):
+        pack.expect(number)
+    seat(pack, tmp_path, 0, loaded.recipe)
+    assert follow(pack, 0)[-1]["steps"] == 6
+    assert time.monotonic() - started >= 0.5
+
+
+def test_trials_in_training_wait_no_longer_than_a_step_for_one_that_comes_later(
+    packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    pack = packs(slots=2)
+    for number in range(2):
+        seat(pack, tmp_path, number, loaded.recipe)
+        pack.next_report(number, 0, timeout_s=0.0)
+    for number in range(2):
+        follow(pack, number, until=2)
+    pack.leave(1)
+    pack.expect(2)
+    started = time.monotonic()
+    assert follow(pack, 0, after=2, until=4)[-1]["steps"] == 4
+    assert time.monotonic() - started < 30
+    seat(pack, tmp_path, 2, loaded.recipe)
+    assert follow(pack, 2)[-1]["steps"] == 6
 
 
 def test_a_trial_that_breaks_leaves_its_neighbours_results_unchanged(

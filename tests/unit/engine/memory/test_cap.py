@@ -11,6 +11,7 @@ from graft.core.errors import ConfigError
 from graft.core.sizes import format_bytes
 from graft.engine.memory import ModelShape
 from graft.engine.memory.cap import Limits, MemoryCap
+from graft.engine.memory.estimate import _step_peaks
 from graft.engine.memory.exhausted import exhausted_bytes
 from graft.recipe.sections import Recipe
 from graft.testing import tiny_model
@@ -137,3 +138,26 @@ def test_a_refusal_says_what_the_copy_of_a_reference_costs_and_what_needs_none()
     with pytest.raises(ConfigError, match=words):
         cap_of(small).require(whole)
     assert "reference" not in str(cap_of(small).refusal(recipe_of(objective=pairs)))
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_slots_fit_where_they_need_no_more_than_there_is(count: int) -> None:
+    recipes = [recipe_of(method={"type": "lora", "r": rank}) for rank in (8, 4) * (count // 2)]
+    need = cap_of(Limits("cpu", ROOM)).need(recipes)
+    largest = max(cap_of(Limits("cpu", ROOM)).need([recipe]) for recipe in recipes)
+    assert need < count * largest, "what fits without a base in common fits on one"
+    for room, fits in ((count * largest, True), (1.01 * need, True), (0.99 * need, False)):
+        assert cap_of(Limits("cpu", round(room))).fits(recipes) is fits
+
+
+def test_settings_that_change_no_size_need_no_prediction_of_their_own() -> None:
+    cap = cap_of(Limits("cpu", ROOM))
+
+    def predicted(alpha: float, dropout: float) -> int:
+        method = {"type": "lora", "r": 24, "lora_alpha": alpha, "lora_dropout": dropout}
+        return cap.predict(recipe_of(method=method)).device_bytes
+
+    first, known = predicted(16.0, 0.1), _step_peaks.cache_info().misses
+    assert predicted(64.0, 0.3) == first
+    assert _step_peaks.cache_info().misses == known
+    assert predicted(16.0, 0.0) < first, "without dropout nothing is masked"
