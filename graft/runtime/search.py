@@ -119,7 +119,7 @@ class Search:
             budget=self._budget,
             only_begun=self._stage == "finalists",
         )
-        prepare_ops(self._space.scales(), self._watch.progress)
+        prepare_ops(self._space.scales(), self._watch.progress.note)
         if self._stage == "search":
             self._say_how()
         if queue.num_resumed:
