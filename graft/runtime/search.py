@@ -23,7 +23,7 @@ from graft.runtime.dedicated import DedicatedSeats, DedicatedTrial
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
-from graft.runtime.placement import ON_HEAD, node_places, worker_needs
+from graft.runtime.placement import ON_HEAD, node_places, orphans_freed, worker_needs
 from graft.runtime.requests import EVENTS_FILE
 from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
@@ -129,7 +129,8 @@ class Search:
             with self._watch:
                 if executor == "packed":
                     return self._packed_turn(queue, memory)
-                return self._dedicated_turn(queue, memory)
+                with orphans_freed():
+                    return self._dedicated_turn(queue, memory)
 
         take_turns(queue, turn)
         if queue.is_exhausted and self._stage == "search":
