@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from graft.runtime.session import RaySession
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
@@ -122,10 +125,16 @@ def _own_memory() -> _NodeMemory:
     return _NodeMemory(host_memory_bytes(), gpu_memory_bytes())
 
 
-def prepare_ops(scales: Iterable[ScaleSection], progress: Progress = QUIET) -> None:
+def prepare_ops(
+    scales: Iterable[ScaleSection], say: Callable[[str], object] = _log.warning
+) -> None:
     """Builds the DeepSpeed ops that runs with these settings call, on every node.
 
     To be called before workers start: a worker compiles nothing.
+
+    Args:
+        scales: Of the runs.
+        say: Told what is built, and on how many nodes.
 
     Raises:
         MissingDependencyError: A node cannot build them.
@@ -133,11 +142,20 @@ def prepare_ops(scales: Iterable[ScaleSection], progress: Progress = QUIET) -> N
     ops: tuple[Op, ...] = tuple(dict.fromkeys(op for scale in scales for op in ops_of(scale)))
     if not ops:
         return
-    if not all(map(is_built, ops)):
-        progress.note(
-            f"building DeepSpeed's ops {', '.join(ops)} on every node; it takes some minutes, once"
-        )
+    told = on_every_node(_missing, ops)
+    missing = sorted({op for of_node in told.values() for op in of_node})
+    if not missing:
+        return
+    count = sum(bool(of_node) for of_node in told.values())
+    say(
+        f"building DeepSpeed's ops {', '.join(missing)} on {count} of {len(told)} nodes; it takes "
+        "some minutes, once"
+    )
     on_every_node(build_ops, ops)
+
+
+def _missing(ops: tuple[Op, ...]) -> list[Op]:
+    return [op for op in ops if not is_built(op)]
 
 
 def require_disks(recipe: Recipe, home: Path) -> None:

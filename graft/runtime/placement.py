@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,6 +171,39 @@ class Places:
         for group in self._groups:
             remove_placement_group(group)
         self._groups = []
+
+
+@contextmanager
+def orphans_freed() -> Iterator[None]:
+    """Frees, at its end, the places that were taken inside by processes which died with them.
+
+    Where the actor that asked for places is killed, Ray keeps them until the driver ends; Ray
+    Train's own cleaner asks the dashboard, which a local session has not. Nothing that was begun
+    inside may still run at the end.
+    """
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    before = _own_groups()
+    try:
+        yield
+    finally:
+        for name in _own_groups() - before:
+            _log.warning("freeing places that a process left when it died")
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+def _own_groups() -> set[str]:
+    """Names the groups of places that this driver's job has: their names end with the job's."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = str(ray.get_runtime_context().get_job_id())
+    return {
+        str(name)
+        for name, group in placement_group_table().items()
+        if group["state"] != "REMOVED" and str(name).endswith(job)
+    }
 
 
 def find_room(

@@ -23,7 +23,7 @@ from graft.runtime.dedicated import DedicatedSeats, DedicatedTrial
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
-from graft.runtime.placement import ON_HEAD, node_places, worker_needs
+from graft.runtime.placement import ON_HEAD, node_places, orphans_freed, worker_needs
 from graft.runtime.requests import EVENTS_FILE
 from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
@@ -123,7 +123,7 @@ class Search:
             budget=self._budget,
             only_begun=self._stage == "finalists",
         )
-        prepare_ops(self._space.scales(), self._watch.progress)
+        prepare_ops(self._space.scales(), self._watch.progress.note)
         if self._stage == "search":
             self._say_how()
         if queue.num_resumed:
@@ -133,7 +133,8 @@ class Search:
             with self._watch:
                 if executor == "packed":
                     return self._packed_turn(queue, memory)
-                return self._dedicated_turn(queue, memory)
+                with orphans_freed():
+                    return self._dedicated_turn(queue, memory)
 
         take_turns(queue, turn)
         if queue.is_exhausted and self._stage == "search":

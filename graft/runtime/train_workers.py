@@ -117,7 +117,7 @@ def train_on_workers(
             count = find_room(needs, ask=raise_if_leaving, say=say)
             raise_if_leaving()
             require_disks(recipe, home)  # of nodes that came meanwhile, too
-            prepare_ops([recipe.scale])
+            prepare_ops([recipe.scale], say)
             raise_if_leaving()
             with _Watch(folder, needs, count, leaves, grow_after_s):
                 if _fit(count, needs.uses_gpu, config, list(callbacks)):
