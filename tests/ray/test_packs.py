@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from graft.core.errors import TrainingError
 from graft.engine.run import load_run, train_run
 from graft.engine.run_folder import RECIPE_FILE, read_reports
 from graft.recipe import Recipe
@@ -95,5 +96,5 @@ def test_a_pack_that_cannot_load_ends_the_turn_with_the_reason(
             return packs.loss_of(0)
 
         assert until(loss).needed_bytes is None
-        with pytest.raises(ray.exceptions.RayError, match=r"train\.jsonl"):
+        with pytest.raises(TrainingError, match=r"^data file .*train\.jsonl"):
             packs.look()

@@ -105,7 +105,12 @@ def test_study_and_report_have_the_costs_with_their_units(
     assert [o.unit for o in facts.objectives] == ["", "bytes", "bytes", "ms"]
     assert set(facts.front) == set(result.front)
     page = Path(written.path).read_text()
-    for words in ("cost/adapter_bytes, MB", "cost/latency_ms, ms", " MB</td>", " ms</td>"):
+    for words in (
+        "cost/adapter_bytes, kB (lower",
+        "cost/latency_ms, ms (lower",
+        " MB</td>",
+        " ms</td>",
+    ):
         assert words in page
 
 

@@ -49,6 +49,7 @@ class ShiftMethod(LayerMethod):
     target_modules: str = "all-linear"
     """Layers to adapt: `all-linear`, or an ending of module paths."""
 
+    default_lr: ClassVar[float] = 1e-2
     packable: ClassVar[bool] = True
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     quantized_base: ClassVar[frozenset[str]] = frozenset({"nf4"})
