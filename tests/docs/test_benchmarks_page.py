@@ -112,3 +112,9 @@ def test_facts_are_recalled_and_general_text_is_not_forgotten() -> None:
     assert figures["memory_recall"] >= 0.98
     assert figures["memory_perplexity_vs_base"] <= 1.02
     assert figures["lora_file_bytes"] == pytest.approx(figures["memory_file_bytes"], rel=0.05)
+
+
+def test_a_search_trains_soon_and_a_further_trial_costs_little() -> None:
+    figures = published()["startup"]["figures"]
+    assert figures["startup_s"] <= 25
+    assert figures["further_trial_s"] <= 0.5
