@@ -40,11 +40,11 @@ class Notes(Progress):
 
 
 def runners() -> list[psutil.Process]:
-    """Processes of dedicated trials of this test's cluster, which are great-grandchildren."""
+    """Processes of dedicated trials of this test's cluster, under the name that Tune gives them."""
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
-            if "DedicatedTrial" in " ".join(child.cmdline()):
+            if "ray::_Inner" in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue
