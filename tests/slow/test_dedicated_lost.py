@@ -1,32 +1,24 @@
-"""A dedicated trial whose process dies goes on; one whose memory another has waits for it."""
+"""A dedicated trial whose process dies goes on from its checkpoint."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 from graft.core.events import read_events
-from graft.core.machine import free_host_memory_bytes, host_memory_bytes
 from graft.core.progress import Progress
 from graft.engine.checkpoint import newest_step
 from graft.engine.run_folder import CHECKPOINTS
 from graft.pipelines.tune import tune
 from graft.recipe.load import load_recipe
-from graft.runtime.session import RaySession
-from graft.runtime.train_workers import train_on_workers
-from graft.runtime.trials import take_words
 from tests.ray.test_search import pytestmark as of_search
 from tests.ray.test_search import write_recipe
-from tests.ray.test_train_workers import recipe_for
 
-pytestmark = of_search
+pytestmark = [*of_search, pytest.mark.slow]
 
 STEPS = 200
 
@@ -44,7 +36,7 @@ def runners() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
-            if "ray::_Inner" in " ".join(child.cmdline()):
+            if "ray::ResourceTrainable" in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue
@@ -99,48 +91,3 @@ def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(
     assert told == sorted(set(told)), "each step is counted once"
     assert list(trial.reports) == list(range(10, STEPS + 1, 10))
     assert any("trial 0 cannot go on now, and is taken up again" in words for words in notes.said)
-
-
-HOLD = """
-import sys, time
-held = bytearray(int(sys.argv[1]))
-held[::4096] = bytes([1]) * len(held[::4096])
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_workers_wait_until_another_process_gives_its_memory_back_and_name_it(
-    model_folder: Path, data_folder: Path, tmp_path: Path, ray_cluster: RaySession
-) -> None:
-    recipe, folder = recipe_for(model_folder, data_folder), tmp_path / "run"
-    size = max(8 * 10**9, host_memory_bytes() // 4)  # far more than processes of Ray come and go
-    if (free := free_host_memory_bytes()) < size * 3 // 2:
-        pytest.skip("too little memory to take a quarter of it")
-    needed = free - size * 3 // 10
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(size)], stdout=subprocess.PIPE)
-    said: list[str] = []
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with ThreadPoolExecutor(1) as threads:
-            training = threads.submit(
-                train_on_workers,
-                recipe,
-                home=tmp_path,
-                folder=folder,
-                needed_bytes=needed // recipe.scale.max_workers,
-            )
-            deadline = time.monotonic() + 300
-            while not said and not training.done() and time.monotonic() < deadline:
-                time.sleep(0.1)
-                said += take_words(folder)
-            assert newest_step(folder / CHECKPOINTS) == 0
-            holder.kill()
-            assert training.result().steps == recipe.train.steps
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert "waiting up to 60 s" in said[0]
-    assert f"(process {holder.pid}, " in said[0]
