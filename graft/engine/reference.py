@@ -8,7 +8,6 @@ it. Rows are scored once: what came out is kept by their content, for all slots 
 from __future__ import annotations
 
 import copy
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,20 +17,13 @@ import torch
 from graft.core.errors import ConfigError
 from graft.data.records import TokenRow
 from graft.engine.backends.base import Backend
+from graft.engine.lower_states import row_key
+from graft.engine.memory.free import room_on
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.recompute import plain_layers
 from graft.engine.scoring import Scores, score_rows
 from graft.methods.base import Method
 from graft.methods.whole import WholeMethod
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free where the model is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 @dataclass
@@ -55,7 +47,7 @@ class References:
         self,
         model: MultiAdapterModel,
         backend: Backend,
-        free: Callable[[torch.device], int] = free_bytes,
+        free: Callable[[torch.device], int] = lambda device: room_on(device).free_bytes,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -172,10 +164,7 @@ class References:
 
 def _key(row: TokenRow) -> bytes:
     """Names what a row's scores depend on."""
-    digest = blake2b(array("q", row.input_ids).tobytes(), digest_size=16)
-    digest.update(bytes(row.is_supervised))
-    digest.update(array("q", row.branch or ()).tobytes())
-    return digest.digest()
+    return row_key(row) + blake2b(bytes(row.is_supervised), digest_size=16).digest()
 
 
 def _digest(method: Method, tensors: AdapterTensors) -> str:

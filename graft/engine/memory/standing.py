@@ -237,14 +237,11 @@ def loading_parts(recipe: Recipe, shape: ModelShape, device: DeviceType) -> list
     base = shape.weight_bytes(recipe.model)
     found.add("weights", "device", base.weights)
     found.add("quantization constants", "device", base.constants)
-    is_own = device == "cpu" and _is_as_in_files(recipe, shape)
-    is_own = is_own and recipe.model.quantization.type == "none"
+    wanted = torch_dtype(recipe.model)
+    is_as_in_files = (shape.config.dtype or wanted) == wanted
+    is_own = device == "cpu" and is_as_in_files and recipe.model.quantization.type == "none"
     found.add("mapped files", "host", 0 if is_own else shape.file_bytes)
     return found.parts
-
-
-def _is_as_in_files(recipe: Recipe, shape: ModelShape) -> bool:
-    return (shape.config.dtype or torch_dtype(recipe.model)) == torch_dtype(recipe.model)
 
 
 def process_parts(device: DeviceType) -> list[MemoryPart]:
