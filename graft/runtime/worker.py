@@ -24,8 +24,10 @@ from graft.runtime.trials import say_of_run
 if TYPE_CHECKING:
     from graft.engine.backends.base import Backend
 
-LEAVE_FILE = "leave"
-"""In a run's folder, the driver's word to the workers: end after this step."""
+LEAVE_FILE = "workers-leave"
+"""In a run's folder, the driver's word to the workers: end after this step.
+
+The run may begin anew with more of them, unlike one that a person asks to leave."""
 
 _ASK_EVERY_S = 2.0
 

@@ -15,6 +15,7 @@ from graft.core.errors import TrainingError
 from graft.runtime.placement import Places, WorkerNeeds, find_room
 from graft.runtime.session import RaySession
 from graft.runtime.train_workers import _Watch, train_on_workers
+from graft.runtime.trials import is_asked_to_leave
 from graft.runtime.worker import LEAVE_FILE
 from tests.ray.test_train_workers import recipe_for
 
@@ -82,3 +83,4 @@ def test_a_question_without_an_answer_does_not_deafen_the_watch(tmp_path: Path) 
         while not (tmp_path / LEAVE_FILE).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert (tmp_path / LEAVE_FILE).exists()
+        assert not is_asked_to_leave(tmp_path), "the workers leave; no person ended the run"
