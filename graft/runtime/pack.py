@@ -117,6 +117,8 @@ class Pack:
         self._fits = fits
         self._full_at = 0
         """Trials in training beside which the next one had no room; 0 where it was not tried."""
+        self._joining: tuple[int, ...] = ()
+        """The trial that is being seated: where the pack breaks then, it has its part in that."""
         self._seats: dict[int, _Seat] = {}
         self._expected: dict[int, float] = {}
         """Trial on its way to a seat → when that was said."""
@@ -234,7 +236,7 @@ class Pack:
                 self._loss = Loss(
                     f"the pack broke: {type(error).__name__}: {error}",
                     exhausted_bytes(error),
-                    tuple(int(name) for name in self._trainer.slots),
+                    (*map(int, self._trainer.slots), *self._joining),
                 )
                 self._changed.notify_all()
 
@@ -268,10 +270,12 @@ class Pack:
                 self._full_at = len(self._trainer.slots)
                 return
             self._full_at = 0
+            self._joining = (seat.number,)
             try:
                 self._seat(seat)
             except (GraftError, ValueError, OSError) as error:
                 self._fail(seat, str(error))
+            self._joining = ()
 
     def _has_memory_for(self, seat: _Seat) -> bool:
         names = self._trainer.slots

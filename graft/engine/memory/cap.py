@@ -107,7 +107,8 @@ class MemoryCap:
         corrected = f", times {self.factor:.2f} as measured" if self.factor > 1 else ""
         if self.need([recipe]) > limit:
             given = recipe.scale.device_memory
-            have = "scale.device_memory" if given is not None else "what a worker has"
+            is_given = given is not None and limit < self._share(recipe)
+            have = "scale.device_memory" if is_given else "what a worker has"
             words = f"it needs {found.in_words()}{corrected}; {have} is {format_bytes(limit)}"
             return words + _reference_words(found)
         host = self._limits.host_bytes
@@ -152,6 +153,8 @@ class MemoryCap:
         fixed, rest = self._together(recipes)
         words = f"predicted were {format_bytes(fixed + rest)}"
         needed = needed_bytes or min(map(self._share, recipes))
+        if self._limits.device == "cuda":  # torch counts nothing of the context
+            needed += fixed
         if not needed_bytes and self._limits.device != "cpu":
             return "it was killed for the node's memory, which says nothing of its device"
         if not needed_bytes and needed > _PLAUSIBLE * (fixed + rest):
@@ -169,8 +172,10 @@ class MemoryCap:
     def _together(self, recipes: Sequence[Recipe]) -> tuple[int, int]:
         """Bytes that programs take themselves, and those predicted, of slots of one base."""
         largest = max(recipes, key=lambda recipe: self.predict(recipe).device_bytes)
-        smaller = sum(self._own(largest) - self._own(recipe) for recipe in recipes)
         peak = self.predict(largest, len(recipes)).peak
+        learns = any(part.name == "gradients" for part in peak.parts)
+        own = [self._own(recipe, learns=learns) for recipe in recipes]
+        smaller = sum(self._own(largest, learns=learns) - of for of in own)
         rest = peak.total_bytes("device", exclude=_FIXED)
         return peak.total_bytes("device") - rest, rest - smaller
 
@@ -179,10 +184,18 @@ class MemoryCap:
         have = self._limits.device_bytes
         return have // self._neighbours(recipe) if self._limits.device == "cpu" else have
 
-    def _own(self, recipe: Recipe) -> int:
-        """Bytes that a slot has for itself: tensors, gradients, moments."""
-        size = size_of(recipe, self._shape)
-        return number_bytes(recipe) * (4 * size.trained + size.frozen)
+    def _own(self, recipe: Recipe, *, learns: bool) -> int:
+        """Bytes of the device that a slot has for itself: tensors, moments, gradients."""
+        one, two = (
+            sum(
+                part.size_bytes
+                for part in standing_parts(recipe, self._shape, self._limits.device, slots)
+                if part.place == "device"
+            )
+            for slots in (1, 2)
+        )
+        gradients = number_bytes(recipe) * size_of(recipe, self._shape).trained
+        return two - one + (gradients if learns else 0)
 
     def _neighbours(self, recipe: Recipe) -> int:
         """Workers of a run on one node."""

@@ -397,3 +397,32 @@ def test_wrong_settings_fail_one_trial_with_the_reason(
         follow(pack, 0)
     follow(pack, 1, after=2)
     require_same_end(trial, alone)
+
+
+def test_a_trial_that_is_being_seated_when_memory_runs_out_has_its_part_in_that(
+    packs: Any, loaded: LoadedRun, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    def run_out(*_: Any) -> None:
+        if not torch.is_grad_enabled():  # it looks at its inputs
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    pack = packs()
+    seat(pack, tmp_path, 0, loaded.recipe)
+    follow(pack, 0, until=2)
+    content = recipe_of(model_folder, data_folder).model_dump(mode="json")
+    content["method"] = {"type": "lora", "r": 2, "init_lora_weights": "eva"}
+    layer = loaded.model.base.get_submodule(next(iter(loaded.model.linears)))
+    hook = layer.register_forward_pre_hook(run_out)
+    try:
+        seat(pack, tmp_path, 1, Recipe.model_validate(content))
+        with pytest.raises(TrainingError, match="the pack broke: OutOfMemoryError"):
+            follow(pack, 1)
+    finally:
+        hook.remove()
+    loss = pack.loss()
+    assert loss is not None
+    assert loss.trials == (0, 1)
+    assert loss.needed_bytes is not None
+    for number in (0, 1):
+        if str(number) in loaded.model.slots:
+            loaded.model.remove_slot(str(number))

@@ -13,6 +13,7 @@ from graft.engine.memory import ModelShape
 from graft.engine.memory.cap import Limits, MemoryCap
 from graft.engine.memory.estimate import _step_peaks
 from graft.engine.memory.exhausted import exhausted_bytes
+from graft.engine.memory.standing import size_of
 from graft.recipe.sections import Recipe
 from graft.testing import tiny_model
 
@@ -66,6 +67,36 @@ def test_a_process_killed_for_its_hosts_memory_says_nothing_of_its_gpu() -> None
     assert "says nothing of its device" in cap.learn([recipe_of()], 0)
     assert cap.factor == 1.0
     assert "multiplied by" in cap.learn([recipe_of()], 10**11)
+
+
+def test_what_torch_counts_on_a_gpu_is_without_its_context() -> None:
+    cap, recipe = cap_of(Limits("cuda", 10**11)), recipe_of()
+    counted = 3 * cap.beside_process(recipe)
+    cap.learn([recipe], counted)
+    assert cap.beside_process(recipe) == pytest.approx(counted, rel=0.05)
+
+
+def test_a_cap_above_the_device_is_not_what_is_named() -> None:
+    recipe = recipe_of(scale={"device_memory": "1TB"})
+    assert "what a worker has is" in str(cap_of(Limits("cpu", 1_000_000)).refusal(recipe))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "each"),
+    [("adamw", 4 + 4 + 8), ("adamw_8bit", 4 + 4 + 2), ("paged_adamw_8bit", 4 + 4)],
+)
+def test_a_smaller_slot_needs_less_by_what_its_numbers_have_on_the_device(
+    optimizer: str, each: int
+) -> None:
+    """Weight, gradient and moments; paged moments are on the host."""
+    cap, shape = cap_of(Limits("cuda", ROOM)), ModelShape.of(tiny_model().config)
+    few = {"train": {"optimizer": optimizer, "batch_size": 1}}  # most is held once gradients are
+    few["data"] = {"train": "rows.jsonl", "max_length": 8}
+    few["scale"] = {"gradient_checkpointing": True}
+    large, small = (recipe_of(method={"type": "lora", "r": r}, **few) for r in (32, 1))
+    fewer = size_of(large, shape).trained - size_of(small, shape).trained
+    less = cap.need([large, large]) - cap.need([large, small])
+    assert less == pytest.approx(each * fewer, rel=0.02)
 
 
 @pytest.mark.parametrize(
