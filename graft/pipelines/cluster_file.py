@@ -138,11 +138,15 @@ def _of_ray_up(content: dict[str, Any]) -> Iterator[_Group]:
         yield _Group("worker_ips", len(provider["worker_ips"]), 0, None)
         return
     limit = int(content.get("max_workers", 2))
+    kinds = []
     for name, kind in content["available_node_types"].items():
-        if name == content.get("head_node_type"):
-            continue
-        nodes = min(limit, int(kind.get("max_workers", limit)))
-        gpus = int(kind.get("resources", {}).get("GPU", 0))
+        if name != content.get("head_node_type"):
+            gpus = int(kind.get("resources", {}).get("GPU", 0))
+            kinds.append((gpus, name, kind))
+    left = limit
+    for gpus, name, kind in sorted(kinds, key=lambda found: -found[0]):
+        nodes = min(left, int(kind.get("max_workers", limit)))
+        left -= nodes
         yield _Group(name, nodes, gpus, _machine(kind.get("node_config", {})))
 
 
@@ -165,7 +169,8 @@ def _of_kuberay(content: dict[str, Any]) -> Iterator[_Group]:
             gpus += int(asked.get(_GPU, 0))
         selector = pod.get("nodeSelector", {})
         product = next((str(selector[key]) for key in _PRODUCTS if key in selector), None)
-        yield _Group(group["groupName"], int(group["maxReplicas"]), gpus, product)
+        nodes = int(group["maxReplicas"]) * int(group.get("numOfHosts", 1))
+        yield _Group(group["groupName"], nodes, gpus, product)
 
 
 def _plain(product: str) -> str:

@@ -193,6 +193,14 @@ def _measured(space: RecipeSpace, kind: _Kind, cap: MemoryCap, target: Target) -
     branch = kind.branch
     if kind.recipe is None:
         return kind
+    workers = kind.recipe.scale.min_workers
+    if target.is_named and workers > target.devices:
+        words = (
+            f"it needs {workers} workers with a device each, and {target.name} has "
+            f"{target.devices}: set scale.workers to at most {target.devices}"
+        )
+        refused = branch.model_copy(update={"executor": "refused", "reason": words})
+        return kind._replace(branch=refused, recipe=None)
     try:
         memory = plan_memory(
             space, kind.choices, cap, devices=target.devices, packs=branch.executor == "packed"
@@ -216,13 +224,14 @@ def _time(
     if target.speed is None or not recipes:
         return None
     alone = [kind.recipe for kind in kinds if kind.recipe and kind.branch.executor == "dedicated"]
-    # A pack has one device; dedicated trials share all of them out.
+    # Packs take a device each; dedicated trials share all of them out.
     most = max((recipe.scale.max_workers for recipe in alone), default=1)
-    devices = target.devices // most * most if alone else 1
+    devices = min(target.devices // most, recipes[0].search.trials) * most
     if space.is_complete:
         trials = recipes[0].search.model_copy(update={"trials": 1, "finalists": 0})
         recipes = [recipes[0].model_copy(update={"search": trials})]
-        devices = recipes[0].scale.max_workers
+        workers = recipes[0].scale.max_workers
+        devices = min(workers, target.devices) if target.is_named else workers
     tokens = [_row_tokens(recipe, home) for recipe in recipes]
     return plan_time(
         recipes, shape, target.speed, row_tokens=tokens, devices=max(1, devices), price=price

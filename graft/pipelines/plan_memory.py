@@ -44,6 +44,8 @@ class Target(NamedTuple):
     devices: int
     speed: Speed | None
     """None where nothing is known of it."""
+    is_named: bool = False
+    """There are no more devices than these; else the machine's or the cluster's are not counted."""
 
 
 class PlannedMemory(StrictModel):
@@ -98,7 +100,7 @@ def find_target(
     limits = Limits("cuda", hardware.gpu.memory_bytes, each, node_workers=1)
     chosen = hardware.gpu
     speed = gpu_speed(chosen.name, chosen.flops, chosen.bytes_per_s)
-    return Target(str(hardware), limits, hardware.count, speed)
+    return Target(str(hardware), limits, hardware.count, speed, is_named=True)
 
 
 def plan_memory(

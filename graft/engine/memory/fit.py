@@ -102,6 +102,8 @@ def nearest_that_fit(
 def apply(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe | None:
     """Returns the recipe with some settings changed; None where that combination is refused."""
     content = recipe.model_dump(mode="json")
+    if "method" in settings and recipe.train.lr == recipe.method.default_lr:
+        del content["train"]["lr"]  # the other method has one of its own
     for path, value in settings.items():
         *sections, field = path.split(".")
         section = content

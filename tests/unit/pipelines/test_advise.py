@@ -125,3 +125,12 @@ def test_advice_is_a_recipe_that_loads_and_fits(tmp_path: Path, data_folder: Pat
 def test_what_cannot_be_is_said_with_its_figures() -> None:
     with pytest.raises(ConfigError, match=r"nothing fits 65B on RTX 3090 .*--host-memory"):
         advice("65B", "RTX 3090", "full", host_bytes=64 * GIB)
+
+
+def test_another_method_is_advised_with_its_own_learning_rate() -> None:
+    found = advice("13B", "RTX 4090", "full", host_bytes=64 * GIB)
+    assert found.changes["method"] == {"type": "lora"}
+    recipe = apply(plain_recipe("13B", "full", devices=1), found.changes)
+    assert recipe is not None
+    assert recipe.train.lr == type(recipe.method).default_lr
+    assert "lr:" not in found.recipe

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from graft.core.errors import ConfigError
 from graft.pipelines.cluster_file import read_cluster
@@ -27,6 +29,25 @@ def test_every_cluster_file_says_what_it_grows_to(
     name: str, gpu: str | None, promised: str
 ) -> None:
     assert str(read_cluster(CLUSTERS / name, gpu)) == promised
+
+
+def test_kinds_of_nodes_share_the_limit_of_their_cluster(tmp_path: Path) -> None:
+    text = (CLUSTERS / "aws.yaml").read_text()
+    content = YAML(typ="safe", pure=True).load(text)
+    kinds = content["available_node_types"]
+    (gpus,) = (name for name in kinds if name != content["head_node_type"])
+    kinds["on_demand"] = kinds[gpus]
+    path = tmp_path / "cluster.yaml"
+    with path.open("w") as file:
+        YAML().dump(content, file)
+    assert str(read_cluster(path)) == str(read_cluster(CLUSTERS / "aws.yaml")) == "4x L4"
+
+
+def test_a_group_of_several_hosts_has_all_of_their_gpus(tmp_path: Path) -> None:
+    text = (CLUSTERS / "kuberay" / "raycluster.yaml").read_text()
+    path = tmp_path / "cluster.yaml"
+    path.write_text(re.sub(r"( +)maxReplicas: (\d+)", r"\1maxReplicas: \2\n\1numOfHosts: 2", text))
+    assert str(read_cluster(path, "H100")) == "8x H100"
 
 
 @pytest.mark.parametrize("name", ["onprem.yaml", "kuberay/raycluster.yaml"])

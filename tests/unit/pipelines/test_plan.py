@@ -82,6 +82,30 @@ def test_hours_and_dollars_are_a_range_with_its_basis(planned: Plan) -> None:
     assert "15% to 60% of L4's 121 TFLOP/s" in time.basis
 
 
+def test_packs_of_a_search_are_on_all_devices(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    space = space_of(tmp_path, model_folder, data_folder)
+    one, two, many = (plan(space, home=tmp_path, gpu=f"{n}x L4").time for n in (1, 2, 8))
+    assert one is not None
+    assert two is not None
+    assert many is not None
+    assert (one.devices, two.devices, many.devices) == (1, 2, 6), "six trials"
+    assert two.high_hours == pytest.approx(one.high_hours / 2)
+
+
+def test_more_workers_than_the_named_devices_are_refused(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    space = space_of(tmp_path, model_folder, data_folder, scale={"workers": 4})
+    (branch,) = plan(space, home=tmp_path, gpu="2x L4").branches
+    assert branch.executor == "refused"
+    assert "needs 4 workers" in branch.reason
+    assert "set scale.workers to at most 2" in branch.reason
+    (branch,) = plan(space, home=tmp_path, gpu="4x L4").branches
+    assert branch.executor == "dedicated"
+
+
 def hours_of_grpo(
     folder: Path, model: Path, data: Path, train: dict[str, Any] | None = None, **settings: Any
 ) -> PlannedTime:
@@ -106,7 +130,7 @@ def test_hours_count_the_answers_that_are_sampled(
     seldom = hours_of_grpo(*folders, num_iterations=4)
     assert seldom.high_hours == pytest.approx(short.high_hours / 4, rel=0.02)
     passes = 16 * 8 * 2 * 5e-4  # steps, tokens, layers, seconds of a layer
-    assert short.high_hours * 3600 == pytest.approx(6 * passes, rel=0.02)  # six trials, no pack
+    assert short.high_hours * 3600 == pytest.approx(3 * passes, rel=0.02)  # six trials, two GPUs
     assert planned.time is not None
     assert "sampled" not in planned.time.basis
 
