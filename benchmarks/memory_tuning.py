@@ -22,7 +22,7 @@ import torch
 from benchmarks._result import write_result
 from graft.compressors.base import Adapter
 from graft.compressors.folder import TENSORS, save_adapter
-from graft.core.files import write_json
+from graft.core.files import sha256_json, write_json
 from graft.data.plain_text import load_text_rows
 from graft.data.records import EvalPrompt, Message
 from graft.engine.evaluate import greedy_answers, row_losses
@@ -158,7 +158,7 @@ def contest(
     if (folder / "result.json").exists():
         known: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return known
-    run = load_run(recipe, options.work / "home")
+    run = load_run(recipe, options.home)
 
     def say(step: StepReport) -> None:
         if step.step % 8 == 0:
@@ -166,7 +166,7 @@ def contest(
                 f"{name}: step {step.step}, loss {step.loss:.4f}, {step.seconds:.1f} s", flush=True
             )
 
-    train_run(run, folder, home=options.work / "home", on_step=say)
+    train_run(run, folder, home=options.home, on_step=say)
     trained = read_result(folder)
     adapter = Adapter(recipe.method, run.model.tensors(SLOT))
     if not (folder / "adapter").exists():
@@ -192,7 +192,7 @@ def base_figures(options: argparse.Namespace, facts: list[Fact]) -> dict[str, An
     """Measures the bare base."""
     path = options.work / "base.json"
     if not path.exists():
-        run = load_run(recipe_of(options, {"type": "lora"}), options.work / "home")
+        run = load_run(recipe_of(options, {"type": "lora"}), options.home)
         write_json(path, {"name": "base", **measured(run, None, facts, options.general)})
     known: dict[str, Any] = json.loads(path.read_text())
     return known
@@ -206,7 +206,7 @@ def lora_of_bytes(options: argparse.Namespace, num_bytes: int) -> dict[str, Any]
     from graft.models import load_model, resolve_model
 
     section = recipe_of(options, {"type": "lora"}).model
-    model = MultiAdapterModel(load_model(resolve_model(section, options.work / "home"), section))
+    model = MultiAdapterModel(load_model(resolve_model(section, options.home), section))
     one = METHODS.build({"type": "lora", "r": 1})
     assert isinstance(one, LayerMethod)
     a_rank = 4 * sum(site.in_features + site.out_features for site in one.sites(model.linears))
@@ -254,6 +254,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     options.steps = 24 if options.quick else STEPS
+    options.home = options.work / "home"
+    given = [options.model, options.seed, options.quick, str(options.general.absolute())]
+    options.work /= sha256_json(given)[:12]
     facts = invented_facts(20 if options.quick else 200, options.seed)
     write_facts(options.work / "facts.jsonl", facts)
     base = base_figures(options, facts)

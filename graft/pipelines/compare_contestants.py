@@ -22,6 +22,9 @@ ALL = "all"
 _OF_TUNE = ("points", "points_from", "warm_start", "finalists")
 """Keys of `search` that a comparison has its own form of."""
 
+_MEASURED = ("eval/", "method/")
+"""What names of metrics that a searched point reports begin with."""
+
 _TOO_PARTICULAR = {
     "init_from": "starts from one method's adapter; a comparison starts every method anew",
     "stop_at_loss": "ends trainings at different steps; in a comparison all are equally long",
@@ -36,6 +39,7 @@ class Contestant:
     method: str
     """Its registered type."""
     quantization: str
+    """Of the base: its type; `nf4-single` is nf4 with plain constants."""
     space: RecipeSpace | None
     """Of its search, `train.steps` being those of a searched point; None where it is refused."""
     reason: str | None = None
@@ -89,6 +93,17 @@ def require_comparable(space: RecipeSpace) -> None:
         raise ConfigError(
             f"search.objectives names {', '.join(costs)}, and a comparison searches for "
             "quality alone; size, memory and speed are columns of its own: leave the costs out"
+        )
+    told = [o.metric for o in recipe.search.objectives if not o.metric.startswith(_MEASURED)]
+    if told:
+        raise ConfigError(
+            f"search.objectives names {', '.join(told)}, and a comparison measures held-out rows "
+            "alone: name what begins with eval/ or method/"
+        )
+    if recipe.compare.general is not None and recipe.objective.scores_answers:
+        raise ConfigError(
+            "compare.general measures perplexity on plain text, and a reward model has none: "
+            "remove it"
         )
     bounds = ("max_hours", "max_tokens")
     if bounded := [name for name in bounds if getattr(recipe.search, name) is not None]:
@@ -148,17 +163,22 @@ def _contestant(
         if variant.quantization is not None:
             content["model"]["quantization"] = variant.quantization.model_dump(mode="json")
     kind = method if isinstance(method, str) else str(method["type"])
-    quantization = variant.quantization if variant else None
-    store = (quantization or space.sections().model.quantization).type
+    own_store = variant.quantization if variant else None
+    quantization = own_store or space.sections().model.quantization
+    is_single = quantization.type == "nf4" and not quantization.double
+    store = "nf4-single" if is_single else quantization.type
     content["method"] = method
     content["train"] = {k: v for k, v in content.get("train", {}).items() if k != "lr"}
-    content["train"]["steps"] = space.sections().compare.search_steps
+    content["train"]["steps"] = steps = space.sections().compare.search_steps
     search = {k: v for k, v in content.get("search", {}).items() if k not in _OF_TUNE}
     content["search"] = {**search, "space": "auto", "trials": budget}
     try:
         own = RecipeSpace(Tree(f"the recipe with {name}", content))
     except ConfigError as error:
-        return Contestant(name, kind, store, None, str(error))
+        words = str(error)
+        if "train.steps" in words:
+            words += f"; while a comparison searches, that is compare.search_steps, {steps}"
+        return Contestant(name, kind, store, None, words)
     return Contestant(name, kind, store, own)
 
 

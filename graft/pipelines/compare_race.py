@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from graft.core.errors import (
     ConfigError,
+    DataError,
     GraftError,
     MissingDependencyError,
     ModelError,
@@ -131,7 +132,11 @@ class Race:
             found = self._run("point", contestant, asked.recipe, PointFacts, str(asked.number))
         except UnitCrashError:
             raise
-        except TrainingError as error:  # too high a learning rate is a result, too
+        except (TrainingError, ConfigError, DataError) as error:
+            # Too high a learning rate is a result, too; so is too large a rank for this base.
+            is_first = not any(trial.has_ended for trial in study.trials)
+            if is_first and not isinstance(error, TrainingError):
+                raise  # it is the method's own defaults: the method is refused
             study.tell(asked.number, "failed", reason=str(error))
         else:
             study.report(asked.number, found.steps, found.metrics)

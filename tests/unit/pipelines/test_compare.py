@@ -19,11 +19,11 @@ from graft.core.progress import QUIET, Progress
 from graft.methods.base import METHODS
 from graft.methods.lora import LoraMethod
 from graft.pipelines.compare import Comparison, compare, plan_compare
+from graft.pipelines.compare_contestants import contestants
 from graft.pipelines.compare_process import UnitCrashError, UnitProcesses
-from graft.pipelines.compare_rows import common_loss, seconds_to, with_seconds
 from graft.pipelines.compare_unit import UnitRunner, UnitSpec, run_unit
 from graft.recipe.load import load_recipe, to_yaml
-from graft.report.comparison_facts import LossPoint, MethodFacts, PointFacts, SeedFacts
+from graft.report.comparison_facts import PointFacts, SeedFacts
 from graft.report.comparison_table import columns
 
 VARIANTS = [
@@ -295,6 +295,34 @@ def test_a_point_that_diverges_is_a_result_not_an_end(recipe_file: Path) -> None
     assert row.points[0].reason == "step 2: loss nan"
 
 
+def test_a_point_that_the_base_is_too_small_for_is_a_result_not_an_end(recipe_file: Path) -> None:
+    (row,) = compared(recipe_file, Units(), ["lora"], "search.trials=6").methods
+    assert row.state == "done"
+    assert row.points[0].state == "complete", "the first is the method's own"
+    reasons = {str(point.reason) for point in row.points if point.state == "failed"}
+    assert reasons
+    assert all("method.r: 64 is above the size" in reason for reason in reasons)
+
+
+def test_bases_with_other_constants_are_other_bases(recipe_file: Path) -> None:
+    stores = [{"type": "nf4"}, {"type": "nf4", "double": False}, {"type": "int8", "double": False}]
+    variants = [
+        {"name": f"v{at}", "method": {"type": "lora"}, "quantization": store}
+        for at, store in enumerate(stores)
+    ]
+    space = load_recipe(recipe_file, [f"compare.variants={json.dumps(variants)}"])
+    found = [one.quantization for one in contestants(space, ["v0", "v1", "v2"], budget=1)]
+    assert found == ["nf4", "nf4-single", "int8"]
+
+
+def test_a_method_too_long_for_the_search_is_told_how_long_that_is(recipe_file: Path) -> None:
+    method = {"type": "adalora", "tinit": 2, "tfinal": 2}
+    changed = f"compare.variants={json.dumps([{'name': 'ada', 'method': method}])}"
+    space = load_recipe(recipe_file, [changed, "train.steps=40"])
+    (ada,) = plan_compare(space, home=recipe_file.parent / "home", methods=["ada"]).methods
+    assert "that is compare.search_steps, 2" in str(ada.refused)
+
+
 def test_what_cannot_run_is_a_row_with_its_reason(recipe_file: Path) -> None:
     variants = [*VARIANTS, {"name": "huge", "method": {"type": "lora", "r": 4096}}]
     changed = f"compare.variants={json.dumps(variants)}"
@@ -313,6 +341,8 @@ def test_what_cannot_run_is_a_row_with_its_reason(recipe_file: Path) -> None:
         ("train.steps={choice: [2, 4]}", "give one number"),
         ("train.init_from=some", "starts every method"),
         ("search.max_hours=2", r"search\.max_hours ends a search early"),
+        ("search.objectives=[{metric: objective/reward, mode: max}]", "begins with eval/ or"),
+        ("objective={type: reward}", r"compare\.general measures perplexity"),
         ("search.max_tokens=900", r"search\.max_tokens ends a search early"),
     ],
 )
@@ -409,47 +439,6 @@ def test_a_process_that_breaks_is_a_sentence_with_its_log_and_leaves_none(tmp_pa
             run(spec, tmp_path / "logs" / "unit.log", QUIET)
         assert "ValidationError" in (tmp_path / "logs" / "unit.log").read_text()
         assert not unit_processes(before)
-
-
-def test_seconds_to_a_loss_are_in_proportion_between_measurements() -> None:
-    curve = [LossPoint(steps=s, seconds=2.0 * s, loss=4.0 - s) for s in range(3)]
-    assert seconds_to(curve, 3.5) == 1.0
-    assert seconds_to(curve, 2.0) == 4.0
-    assert seconds_to(curve, 9.0) == 0.0
-
-
-def trained(name: str, *losses: float) -> MethodFacts:
-    points = enumerate(losses)
-    curve = [LossPoint(steps=step, seconds=10.0 * step, loss=loss) for step, loss in points]
-    seed = SeedFacts(
-        seed=1,
-        steps=len(losses) - 1,
-        seconds=curve[-1].seconds,
-        tokens_per_s=1.0,
-        train_loss=losses[-1],
-        curve=tuple(curve),
-        loaded_bytes=1,
-        peak_bytes=1,
-        memory="process",
-        num_trainable=1,
-        file_bytes=1,
-        metrics={},
-    )
-    return MethodFacts(name=name, method="lora", state="done", seeds=(seed,))
-
-
-def test_a_method_that_learns_nothing_does_not_set_the_loss_to_reach() -> None:
-    rows = [
-        trained("worse", 3.0, 3.2),
-        trained("late", 4.0, 3.1),  # its own start was worse than what others begin with
-        trained("good", 3.0, 1.0),
-        trained("fair", 3.0, 2.0),
-    ]
-    loss = common_loss(rows)
-    assert loss == 2.0
-    assert [with_seconds(row, loss).seconds_to_loss for row in rows] == [None, None, 5.0, 10.0]
-    assert common_loss(rows[:1]) is None
-    assert with_seconds(rows[0], None).seconds_to_loss is None
 
 
 def test_the_verb_plans_without_writing_and_prints_the_record(recipe_file: Path) -> None:
