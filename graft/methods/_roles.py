@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from graft.core.errors import ConfigError
 from graft.methods.base import FusedSize
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj")
@@ -46,6 +47,22 @@ def endings_found(paths: Iterable[str], endings: Iterable[str]) -> tuple[str, ..
     """Returns those endings that some path has."""
     known = tuple(paths)
     return tuple(e for e in endings if any(ends_with(path, e) for path in known))
+
+
+def usual_endings(paths: Iterable[str], endings: Iterable[str], *, field: str) -> tuple[str, ...]:
+    """Returns those endings that some path has.
+
+    Raises:
+        ConfigError: None has; the message names what may be given.
+    """
+    known = tuple(paths)
+    if found := endings_found(known, endings):
+        return found
+    leaves = sorted({path.rpartition(".")[2] for path in known})
+    raise ConfigError(
+        f"method.{field}: none of this model's layers has a usual name; give that of the block's "
+        f"last one among: {', '.join(leaves)}"
+    )
 
 
 def module_paths(linears: dict[str, tuple[int, int]]) -> list[str]:

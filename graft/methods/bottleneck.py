@@ -19,8 +19,8 @@ from graft.methods._own_files import OwnFilesMethod
 from graft.methods._roles import (
     ATTENTION_OUTPUTS,
     FEEDFORWARD_OUTPUTS,
-    endings_found,
     module_paths,
+    usual_endings,
 )
 from graft.methods.base import METHODS, Method, Site
 from graft.methods.layerwise import FrozenLayer
@@ -107,14 +107,7 @@ class BottleneckMethod(OwnFilesMethod):
 
     def _endings(self, paths: list[str], field: str, usual: tuple[str, ...]) -> tuple[str, ...]:
         given: tuple[str, ...] | None = getattr(self, field)
-        endings = endings_found(paths, usual) if given is None else given
-        if not endings:
-            leaves = sorted({path.rpartition(".")[2] for path in paths})
-            raise ConfigError(
-                f"method.{field}: none of this model's layers has a usual name; give that of "
-                f"the block's last one among: {', '.join(leaves)}"
-            )
-        return endings
+        return usual_endings(paths, usual, field=field) if given is None else given
 
     def size(self, site: Site) -> int:
         """Width of the small network at a layer."""

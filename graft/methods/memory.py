@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from graft.core.model import Listed
 from graft.core.spaces import Choice, Float, Space
 from graft.methods._own_files import OwnFilesMethod
-from graft.methods._roles import module_paths
+from graft.methods._roles import FEEDFORWARD_OUTPUTS, ends_with, module_paths, usual_endings
 from graft.methods.base import METHODS, Method, Site
 from graft.methods.layerwise import FrozenLayer
 from graft.methods.targets import select_sites
@@ -162,15 +162,10 @@ _AUTO_DEPTHS = (0.6, 0.67, 0.73, 0.8)
 
 
 def _some_mlp_outputs(linears: dict[str, tuple[int, int]]) -> tuple[str, ...]:
-    """The last linear layer, which is the MLP's output, of a few decoder layers."""
-    last: dict[str, str] = {}
+    """The MLP's output layers of a few decoder layers."""
     paths = module_paths(linears)
-    for name in paths:
-        parts = name.split(".")
-        index = next((at for at, part in enumerate(parts) if part.isdigit()), None)
-        if index is not None:
-            last[".".join(parts[: index + 1])] = name
-    names = list(last.values()) or paths
+    endings = usual_endings(paths, FEEDFORWARD_OUTPUTS, field="target_modules")
+    names = [path for path in paths if any(ends_with(path, ending) for ending in endings)]
     chosen = {min(round(depth * len(names)), len(names) - 1) for depth in _AUTO_DEPTHS}
     return tuple(names[at] for at in sorted(chosen))
 

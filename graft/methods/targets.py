@@ -24,9 +24,10 @@ def select_sites(
 
     Args:
         linears: Module path → (in_features, out_features); the output head is not among them.
-        targets: `all-linear`, or path endings such as `q_proj` or `layers.0.mlp.up_proj`. Experts
-            and routers of a mixture-of-experts base are not in `all-linear`, and experts have to be
-            named as such: `experts.down_proj` is that of all experts, `experts.3.down_proj` of one.
+        targets: `all-linear`, or path endings such as `q_proj` or `layers.0.mlp.up_proj`. Experts,
+            routers and gates with one output of a mixture-of-experts base are not in `all-linear`,
+            and experts have to be named as such: `experts.down_proj` is that of all experts,
+            `experts.3.down_proj` of one.
         field: Of the method, for the message.
         layers: Only of these decoder layers, by number; None is all.
 
@@ -35,7 +36,11 @@ def select_sites(
             `layers` has a target.
     """
     if targets == ALL_LINEAR:
-        chosen = {name for name, shape in linears.items() if not isinstance(shape, FusedSize)}
+        chosen = {
+            name
+            for name, shape in linears.items()
+            if not isinstance(shape, FusedSize) and min(shape) > 1
+        }
     else:
         chosen = _named(linears, targets, field)
     if layers is not None:

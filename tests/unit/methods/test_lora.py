@@ -416,3 +416,12 @@ def test_layers_that_are_not_there_are_refused(settings: dict[str, Any], words: 
 def test_layers_that_cannot_be_are_refused(given: Any) -> None:
     with pytest.raises(ValidationError, match="layers_to_transform"):
         lora(layers_to_transform=given)
+
+
+def test_all_linear_leaves_out_gates_with_one_output() -> None:
+    """Qwen2-MoE's `shared_expert_gate` has room for rank 1 only."""
+    sizes = {"layers.0.mlp.shared_expert.up_proj": (64, 96), "layers.0.mlp.gate": (64, 1)}
+    chosen = lora(target_modules="all-linear").sites(sizes)
+    assert [site.name for site in chosen] == ["layers.0.mlp.shared_expert.up_proj"]
+    named = lora(target_modules=["gate"], r=1).sites(sizes)
+    assert [site.name for site in named] == ["layers.0.mlp.gate"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from graft.core.errors import ConfigError
 from graft.data.records import TokenRow
 from graft.engine.multi import AdapterTensors, MultiAdapterModel, Routing
 from graft.engine.train import Trainer
 from graft.methods.memory import MemoryMethod
-from graft.testing import tiny_model
+from graft.testing import tiny_model, tiny_moe
 from tests.unit.engine.conftest import exact_model, make_recipe, make_rows
 
 IDS = torch.arange(5, 29)[None] % 300
@@ -61,6 +62,13 @@ def test_a_bank_has_a_thousand_experts_at_the_mlp_outputs_of_a_few_layers() -> N
     tensors = model.fresh_tensors(MemoryMethod())
     assert list(tensors) == [f"model.layers.{at}.mlp.down_proj" for at in (7, 8, 9, 10)]
     assert tensors["model.layers.7.mlp.down_proj"]["memory_A"].shape == (1024, 128)
+
+
+def test_a_base_whose_mlps_are_experts_is_refused_with_the_layers_that_may_be_named() -> None:
+    """The last linear layer of its blocks is attention's."""
+    model = MultiAdapterModel(tiny_moe())
+    with pytest.raises(ConfigError, match=r"method\.target_modules: none .* k_proj, o_proj"):
+        MemoryMethod().sites(model.linears)
 
 
 def test_training_leaves_the_index_and_most_experts_as_they_were() -> None:
