@@ -16,11 +16,13 @@ from graft.core.errors import AdapterError, TrainingError
 from graft.core.files import require_writable, write_json
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
+from graft.engine.checkpoint import newest_step
 from graft.engine.costs import costs_of
 from graft.engine.measurable import require_measurable
 from graft.engine.multi import AdapterTensors, MultiAdapterModel
 from graft.engine.recompute import recompute_layers
 from graft.engine.run_folder import (
+    CHECKPOINTS,
     FIGURES,
     RECIPE_FILE,
     Report,
@@ -276,8 +278,10 @@ class _Keeper:
         return report
 
     def keep_between_reports(self, report: Report, window: list[StepReport]) -> None:
+        """Keeps where the run is, unless what it kept is gone: then nobody goes on from it."""
         state = self._trainer.state(SLOT)
-        if self._is_writer:
+        is_wanted = not report["steps"] or newest_step(self._folder / CHECKPOINTS)
+        if self._is_writer and is_wanted:
             save_between_reports(self._folder, state, report, window, self._facts)
 
 

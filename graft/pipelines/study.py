@@ -194,6 +194,11 @@ def _ask(study: str, request: StudyRequest, home: Path, progress: Progress) -> S
         answer = _await_answer(folder, path)
         if answer is None and driver_of(folder) is None and withdraw_request(path):
             answer = _do_now(folder, space, request)
+            if answer is None:
+                raise ConfigError(
+                    f"study {folder.name!r} is run by a process that {home} does not show, perhaps "
+                    "from a copy of it; nothing was done. Ask again, or there"
+                )
     if answer is not None and answer.is_refused:
         raise ConfigError(answer.words)
     ends_search = request.trial is None

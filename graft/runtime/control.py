@@ -106,6 +106,11 @@ def _require_resumable(study: Study, trial: TrialRecord) -> None:
         raise ConfigError(f"{name} went on as trial {trial.continued_by}; ask for that one")
     if trial.state in ("running", "waiting"):
         raise ConfigError(f"{name} is {trial.state}; there is nothing to take up again")
+    if trial.state == "paused":
+        raise ConfigError(
+            f"{name} is paused: {trial.reason}, without being asked: `graft tune` with that budget "
+            "set higher"
+        )
     if trial.state == "complete":
         raise ConfigError(
             f"{name} is complete: it has done all of its {trial.steps} steps; `{clone} --set "

@@ -54,34 +54,34 @@ class StudyScheduler(FIFOScheduler):
                 metric=early[0].metric, mode=early[0].mode, stop_last_trials=False, **places
             )
         for folder in ended:
-            self._replay(folder)
+            self._pass_again(folder, folder)
 
-    def _replay(self, folder: Path) -> None:
-        trial = _known_by(folder)
+    def _pass_again(self, origin: Path | str, folder: Path) -> None:
+        trial = _known_by(origin)
         self._rungs.on_trial_add(None, trial)
         for report in read_reports(folder):
             self._rungs.on_trial_result(None, trial, report)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Seats a trial; one that ran before keeps the rungs that it has passed."""
-        self._replay(Path(trial.config["folder"]))
+        self._pass_again(trial.config["origin"], Path(trial.config["folder"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stops a trial that falls behind at a rung."""
-        return str(self._rungs.on_trial_result(None, _known_by(trial.config["folder"]), result))
+        return str(self._rungs.on_trial_result(None, _known_by(trial.config["origin"]), result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Records the last report."""
-        self._rungs.on_trial_complete(None, _known_by(trial.config["folder"]), result)
+        self._rungs.on_trial_complete(None, _known_by(trial.config["origin"]), result)
 
     def debug_string(self) -> str:
         """Names the rungs."""
         return str(self._rungs.debug_string())
 
 
-def _known_by(folder: Path | str) -> SimpleNamespace:
-    """Returns what rungs know a trial by: one that is run again is not another one to them."""
-    return SimpleNamespace(trial_id=str(folder))
+def _known_by(origin: Path | str) -> SimpleNamespace:
+    """Returns what rungs know a trial by: one that goes on, under any number, is the same one."""
+    return SimpleNamespace(trial_id=str(origin))
 
 
 class BudgetScheduler(FIFOScheduler):
@@ -120,4 +120,5 @@ class BudgetScheduler(FIFOScheduler):
         return f"{self._budget.spending.words}\n{self._within.debug_string()}"
 
     def _count(self, trial: Any, result: dict[str, Any]) -> None:
-        self._budget.count(trial.config["trial"], int(result.get(TOKENS, 0)))
+        if TOKENS in result:  # a trial that ends before its first report here has none
+            self._budget.count(trial.config["trial"], int(result[TOKENS]))

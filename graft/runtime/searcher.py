@@ -351,6 +351,7 @@ class StudySearcher(Searcher):
         return {
             "trial": asked.number,
             "folder": str(folder),
+            "origin": str(study.trial_folder(study.records.origin(asked.number))),
             "steps": asked.recipe.train.steps,
             "stop_at_loss": asked.recipe.train.stop_at_loss,
             "params": asked.params,

@@ -21,7 +21,7 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default polls reports every 2 s
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # events.jsonl is our own record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the command, not one of its searches
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "20",  # a stopped trial whose run hangs; the default is 600
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "120",  # a step and a checkpoint, or a run that hangs
     "TUNE_GLOBAL_CHECKPOINT_S": "60",  # the study is the truth; Tune's snapshots are not read
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }

@@ -32,6 +32,7 @@ from graft.runtime.trials import (
     Suggest,
     TrialRecord,
     Winner,
+    move_folder,
     trial_digest,
 )
 
@@ -225,8 +226,7 @@ class Study:
     def unfinished(self, space: Sampled) -> list[Asked]:
         """Returns the trials that a dead driver left running, with their recipes.
 
-        One that died between proposal and recipe is finished as it would have been: its seed is its
-        number, so the same values come again.
+        One without a recipe yet gets the same values again, for its seed is its number.
 
         Raises:
             ConfigError: The space makes another recipe of a trial's values than it did.
@@ -245,6 +245,8 @@ class Study:
             ConfigError: The space makes another recipe of its values than it did.
         """
         frozen, trial = self._records.frozen(number), self._trial(number)
+        if (before := frozen.user_attrs.get(CONTINUES)) is not None:
+            move_folder(self.trial_folder(before), self.trial_folder(number))  # a driver was killed
         try:
             recipe = space.sample(self._suggest(trial))
         except ConfigError as error:
@@ -277,7 +279,7 @@ class Study:
             )
         )
         again = self._records.read_new()
-        self.trial_folder(number).rename(self.trial_folder(again))
+        move_folder(self.trial_folder(number), self.trial_folder(again))
         return again
 
     def report(self, number: int, steps: int, metrics: Mapping[str, float]) -> None:

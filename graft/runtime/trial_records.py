@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from graft.core.pareto import Costs, Front
-from graft.runtime.trials import CONTINUES, EARLIER, TrialRecord, record_of
+from graft.runtime.trials import EARLIER, TrialRecord, record_of
 
 if TYPE_CHECKING:
     from graft.runtime.storage import Kept
@@ -73,6 +73,12 @@ class TrialRecords:
         self._with_state = kept
         return needless
 
+    def origin(self, number: int) -> int:
+        """Returns the trial that one is the further course of, over all its numbers."""
+        while (before := self[number].continues) is not None:
+            number = before
+        return number
+
     def frozen(self, number: int) -> Any:
         """Reads a trial as Optuna keeps it.
 
@@ -110,7 +116,7 @@ class TrialRecords:
             return
         known = self._by_number.get(frozen.number)
         self._put(record_of(frozen, None if known is None else known.continued_by))
-        before = frozen.user_attrs.get(CONTINUES)
+        before = self[frozen.number].continues
         if before is not None and self[before].continued_by is None:
             self._put(self[before].model_copy(update={"continued_by": frozen.number}))
 

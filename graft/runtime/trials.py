@@ -75,6 +75,8 @@ class TrialRecord(StrictModel):
     recipe_digest: str | None = None
     rerun_of: int | None = None
     """The searched trial that this one trains again on a fresh seed."""
+    continues: int | None = None
+    """Trial that it is the further course of."""
     continued_by: int | None = None
     """Trial that it goes on as, which counts instead of it."""
 
@@ -193,6 +195,7 @@ def record_of(frozen: Any, continued_by: int | None = None) -> TrialRecord:
         reason=facts.get("reason", facts.get("infeasible", paused or None)),
         recipe_digest=facts.get("recipe_digest"),
         rerun_of=facts.get("rerun_of"),
+        continues=facts.get(CONTINUES),
         continued_by=continued_by,
     )
 
@@ -204,6 +207,12 @@ def trial_digest(recipe: Recipe) -> str:
     """
     sections = ("method", "objective", "train")
     return sha256_json({name: recipe.model_dump(mode="json")[name] for name in sections})
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Gives a trial's folder the name of its further course, unless it has it already."""
+    if source.exists() and not target.exists():
+        source.rename(target)
 
 
 def fail_trial(folder: Path, reason: str, *, needed_bytes: int | None = None) -> None:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,22 @@ def test_a_run_that_leaves_after_any_step_goes_on_from_that_step_to_the_same_end
     assert reports == expected_reports
     assert [report["steps"] for report in reports] == [3, 6, 7]
     assert all(torch.equal(weights[key], value) for key, value in expected_weights.items())
+
+
+def test_a_run_whose_checkpoints_were_removed_leaves_none_behind(
+    space: RecipeSpace, tmp_path: Path
+) -> None:
+    """As of a trial that is stopped for good, before its workers have left."""
+    run = load_run(space.recipe(), tmp_path)
+
+    def leaves() -> bool:
+        if len(read_reports(tmp_path / "own")) < 1:
+            return False
+        shutil.rmtree(tmp_path / "own" / CHECKPOINTS)
+        return True
+
+    assert not train_run(run, tmp_path / "own", home=tmp_path, leaves=leaves)
+    assert not (tmp_path / "own" / CHECKPOINTS).exists()
 
 
 class OneOfTwo(TorchBackend):

@@ -143,6 +143,17 @@ def test_a_larger_token_budget_takes_up_what_was_paused(recipe: Path, tmp_path: 
         assert driver.queue.budget.ended_by == "search.trials"
 
 
+def test_a_trial_that_ends_before_its_first_report_here_has_spent_what_it_had(
+    recipe: Path, tmp_path: Path
+) -> None:
+    with driven(tmp_path, recipe) as driver:
+        driver.report(driver.begin("a"), 4, 300)
+    with driven(tmp_path, recipe) as driver:
+        trial = driver.begin("b")
+        driver.scheduler.on_trial_complete(None, trial, {"done": True})  # as Tune fills it in
+        assert driver.queue.budget.spending.tokens == 300
+
+
 def test_what_the_rungs_give_up_is_stopped_for_good_though_the_budget_is_spent(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -168,6 +168,37 @@ def test_a_trial_goes_on_under_a_new_number_and_counts_once(
     assert study.best().reports == {4: 1.0, 8: 0.5}
 
 
+def test_a_paused_trial_waits_for_its_budget_under_its_own_number(
+    study: Study, space: RecipeSpace
+) -> None:
+    number = run_trial(study, space, None)
+    study.note(number, paused="search.max_tokens is spent; a larger one goes on")
+    words = r"trial 0 of study 'tiny' is paused: search\.max_tokens is spent; a larger one goes on"
+    with pytest.raises(ConfigError, match=words):
+        do(study, space, "resume", number)
+    assert [trial.number for trial in study.trials] == [number]
+    assert (study.trial_folder(number) / CHECKPOINTS).is_dir()
+
+
+def test_a_driver_that_dies_while_a_trial_is_taken_up_loses_none_of_it(
+    study: Study, space: RecipeSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = run_trial(study, space, "stopped", reason=STOPPED_BY_PERSON)
+    with monkeypatch.context() as killing:
+        killing.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            do(study, space, "resume", old)
+    assert study.trial_folder(old).exists()
+    (asked,) = study.unfinished(space)
+    assert asked.number == 1
+    assert (study.trial_folder(1) / CHECKPOINTS).is_dir()
+    assert not study.trial_folder(old).exists()
+    assert study.records.origin(1) == old
+
+
 def test_a_trial_without_a_checkpoint_is_to_be_cloned(study: Study, space: RecipeSpace) -> None:
     run_trial(study, space, "stopped")
     run_trial(study, space, "complete", steps=12)

@@ -28,7 +28,8 @@ def report(steps: int, loss: float, size: float) -> dict[str, Any]:
 
 
 def trial(folder: Path, number: int) -> Any:
-    return SimpleNamespace(trial_id=f"t{number}", config={"folder": str(folder / str(number))})
+    own = str(folder / str(number))
+    return SimpleNamespace(trial_id=f"t{number}", config={"folder": own, "origin": own})
 
 
 def decide(scheduler: StudyScheduler, trial: Any, said: dict[str, Any]) -> str:

@@ -20,8 +20,10 @@ def report(steps: int, loss: float, match: float = 0.0, tokens: int = 0) -> dict
     return {"steps": steps, "tokens": tokens, "eval/loss": loss, "eval/exact_match": match}
 
 
-def trial(folder: Path, number: int) -> Any:
-    return SimpleNamespace(trial_id=f"t{number}", config={"folder": str(folder / str(number))})
+def trial(folder: Path, number: int, origin: int | None = None) -> Any:
+    first = number if origin is None else origin
+    config = {"folder": str(folder / str(number)), "origin": str(folder / str(first))}
+    return SimpleNamespace(trial_id=f"t{number}", config=config)
 
 
 def decide(scheduler: StudyScheduler, trial: Any, *reports: dict[str, Any]) -> str:
@@ -55,6 +57,17 @@ def test_a_resumed_trial_is_not_judged_twice_at_a_rung(tmp_path: Path) -> None:
     for number, loss in enumerate((0.1, 0.15)):
         decide(scheduler, trial(tmp_path, number), report(10, loss))
     assert scheduler.on_trial_result(None, resumed, report(15, 0.3)) == "CONTINUE"
+
+
+def test_a_trial_that_goes_on_under_another_number_is_one_of_a_rung(tmp_path: Path) -> None:
+    for more, decided in (([], "CONTINUE"), ([0.5], "CONTINUE")):
+        scheduler = StudyScheduler(ASHA, [LOSS], 80, [])
+        for number, loss in enumerate((0.5, 0.7)):
+            decide(scheduler, trial(tmp_path, number), report(10, loss))
+        for loss in more:  # trial 0 was stopped, and taken up again
+            EventLog(tmp_path / "8" / REPORTS_FILE).append("report", **report(10, loss))
+            scheduler.on_trial_add(None, trial(tmp_path, 8, origin=0))
+        assert decide(scheduler, trial(tmp_path, 9), report(10, 0.55)) == decided
 
 
 def test_with_several_metrics_a_trial_goes_on_while_one_of_them_is_good(tmp_path: Path) -> None:
