@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import ConfigError, ModelError
 from graft.models._quiet import no_foreign_bars
+from graft.models.head import require_known_head
 from graft.models.quantized import prepare_layers, quantization_config, require_kernel
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def load_model(ready: ReadyModel, section: ModelSection) -> PreTrainedModel:
     Code that comes with a model is never run; weights come from safetensors only.
 
     Raises:
-        ModelError: The weights do not fit the configuration, or the architecture is unknown.
+        ModelError: The weights do not fit the configuration, or the architecture is unknown, or
+            makes its logits in an unknown way.
         ConfigError: Device and settings do not go together.
         MissingDependencyError: Quantization is asked for without bitsandbytes.
     """
@@ -98,4 +100,5 @@ def load_model(ready: ReadyModel, section: ModelSection) -> PreTrainedModel:
     else:
         model.to(device)
     model.requires_grad_(False)
-    return model.eval()
+    require_known_head(model.eval())
+    return model

@@ -27,6 +27,7 @@ from graft.methods.layerwise import LayerMethod
 from graft.methods.routing import Observed
 from graft.methods.virtual import VirtualMethod
 from graft.methods.whole import WholeMethod
+from graft.models.head import head_logits
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -300,11 +301,9 @@ class MultiAdapterModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Applies the output head to `[..., hidden]`, and the soft cap of models that have one."""
+        """Makes logits of final hidden states, `[..., hidden]`."""
         with self.whole.precision():
-            logits: torch.Tensor = self.base.get_output_embeddings()(hidden)
-        cap = getattr(self.base.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+            return head_logits(self.base, hidden)
 
     def _route(self, routing: Routing, num_rows: int) -> None:
         if sum(routing.num_rows) != num_rows:
