@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graft.core.home import resolve_home
-from graft.pipelines.serve import plan_serving, serving_recipe
-from graft.serving.deployments import build_application
+from graft.pipelines.serve import application, plan_serving, serving_recipe
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -20,4 +19,4 @@ def build(args: dict[str, str]) -> Application:
     """Builds the application from `args: {target: RECIPE_OR_ADAPTER, home: FOLDER}`."""
     home = resolve_home(args.get("home"))
     recipe, names = serving_recipe(args["target"], [], home=home)
-    return build_application(*plan_serving(recipe, home=home, names=names))
+    return application(*plan_serving(recipe, home=home, names=names))

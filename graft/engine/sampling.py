@@ -32,7 +32,10 @@ def _draw(
     logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
 ) -> int:
     # On the CPU, where a generator gives the same stream on every machine.
-    probabilities_V = torch.softmax(logits_V.float().cpu() / temperature, dim=-1)
+    logits_V = logits_V.float().cpu()
+    # A tiny temperature makes all but the largest infinite, and that one 0.
+    temperature = max(temperature, torch.finfo(logits_V.dtype).tiny)
+    probabilities_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)
     if top_p < 1:
         sorted_V, order_V = probabilities_V.sort(descending=True)
         # The smallest set whose mass reaches top_p, never empty (arXiv 1904.09751).

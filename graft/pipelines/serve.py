@@ -27,6 +27,8 @@ from graft.serving.deployments import ServePlan, build_application
 from graft.serving.tenants import Tenant, read_tenants
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+
     from graft.recipe.operation import ServeSection
     from graft.recipe.sections import Recipe
     from graft.recipe.space import Sections
@@ -183,7 +185,6 @@ def stop_serving(name: str, *, home: Path) -> None:
 
 def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> ServeReport:
     import ray
-    from ray import serve as ray_serve
 
     if not ray.is_initialized():
         raise ConfigError("serving needs a Ray session; call it inside `with ray_session():`")
@@ -192,13 +193,13 @@ def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> 
     with progress.task("start serving", 2, "stage") as task, _quiet_serve():
         _start_proxy(plan.settings.host, port)
         task.advance()
-        try:
-            ray_serve.run(build_application(plan, tenants), name=plan.name, route_prefix="/")
-        except Exception as error:  # Serve wraps a failed start in errors of many kinds
-            stop_serving(plan.name, home=plan.home)
-            raise ServingError(f"Ray Serve could not start {plan.name!r}: {error}") from error
         url = _url(plan.settings.host, port)
-        _wait_until_healthy(url)
+        try:
+            _run(plan, tenants)
+            _wait_until_healthy(url)
+        except BaseException:  # an interrupt, too: what was started would stay on the cluster
+            stop_serving(plan.name, home=plan.home)
+            raise
         task.advance()
     store = Store(plan.home)
     report = ServeReport(
@@ -214,6 +215,28 @@ def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> 
     )
     write_json(plan.home / "serve" / f"{plan.name}.json", report.model_dump(mode="json"))
     return report
+
+
+def application(plan: ServePlan, tenants: tuple[Tenant, ...]) -> Application:
+    """Binds what is served, with a GPU for each engine where the cluster has or may start one."""
+    import ray
+
+    from graft.runtime.placement import most_resources
+
+    device = plan.model.device
+    has_gpu = ray.is_initialized() and most_resources()["GPU"] > 0
+    return build_application(
+        plan, tenants, uses_gpu=device == "cuda" or (device == "auto" and has_gpu)
+    )
+
+
+def _run(plan: ServePlan, tenants: tuple[Tenant, ...]) -> None:
+    from ray import serve as ray_serve
+
+    try:
+        ray_serve.run(application(plan, tenants), name=plan.name, route_prefix="/")
+    except Exception as error:  # Serve wraps a failed start in errors of many kinds
+        raise ServingError(f"Ray Serve could not start {plan.name!r}: {error}") from error
 
 
 def _start_proxy(host: str, port: int) -> None:
@@ -243,7 +266,7 @@ def _start_proxy(host: str, port: int) -> None:
 def _require_servable(
     store: Store, name: str, reference: str, ready: ReadyModel, engine: str
 ) -> None:
-    from graft.engine.publish import require_answers
+    from graft.engine.publish import require_answers, require_base
 
     stored = store.resolve(reference)
     require_answers(stored, f"serve {name}")
@@ -262,6 +285,7 @@ def _require_servable(
             f"{stored.record.base_source} ({str(stored.record.base_digest)[:SHORT_DIGEST]}), and "
             f"model.source is {ready.source} ({ready.digest[:SHORT_DIGEST]}); serve it with its own"
         )
+    require_base(stored, ready)  # its chat template and vocabulary, too
 
 
 def _require_safe_host(settings: ServeSection) -> None:

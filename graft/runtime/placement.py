@@ -55,7 +55,7 @@ def worker_needs(recipe: Recipe) -> WorkerNeeds:
         ConfigError: The cluster will never have room for the smallest number of them.
     """
     smallest, largest = recipe.scale.min_workers, recipe.scale.max_workers
-    most = _most()
+    most = most_resources()
     num_cpus, num_gpus = int(most.get("CPU", 0)), int(most.get("GPU", 0))
     needs = WorkerNeeds(worker_place(recipe), smallest, largest)
     if num_cpus == 0:  # nobody knows what the cluster may grow to
@@ -75,7 +75,7 @@ def worker_needs(recipe: Recipe) -> WorkerNeeds:
 
 def worker_place(recipe: Recipe) -> dict[str, float]:
     """Returns what one worker of a run occupies, however many there are of them."""
-    most, device = _most(), recipe.model.device
+    most, device = most_resources(), recipe.model.device
     is_known = most["CPU"] > 0
     return worker_resources(
         uses_gpu=device != "cpu" and most["GPU"] > 0 if is_known else device == "cuda"
@@ -226,7 +226,7 @@ def find_room(
         NoRoomError: The smallest number did not fit in time.
     """
     if wait_s is None:
-        may_grow = bool(_autoscaled()) or not _most()["CPU"]
+        may_grow = bool(_autoscaled()) or not most_resources()["CPU"]
         wait_s = _AUTOSCALER_WAIT_S if may_grow else _WAIT_S
     started = time.monotonic()
     has_said = False
@@ -286,7 +286,7 @@ def _autoscaled() -> dict[str, float]:
     return dict(found or {})
 
 
-def _most() -> dict[str, float]:
+def most_resources() -> dict[str, float]:
     """Returns what the cluster has, or may grow to."""
     import ray
 

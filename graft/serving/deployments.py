@@ -72,7 +72,7 @@ class EngineReplica:
             model,
             ChatTemplate(tokenizer),
             Store(plan.home),
-            base_digest=plan.ready.digest,
+            ready=plan.ready,
             max_batch=plan.settings.max_batch,
             max_length=plan.settings.max_length,
         )
@@ -166,12 +166,15 @@ class GatewayReplica:
         return self._gateway.app(names_requests=False)  # Serve's proxy does
 
 
-def build_application(plan: ServePlan, tenants: tuple[Tenant, ...]) -> Application:
+def build_application(
+    plan: ServePlan, tenants: tuple[Tenant, ...], *, uses_gpu: bool
+) -> Application:
     """Binds both deployments.
 
     Args:
         plan: What is served.
         tenants: Who may call.
+        uses_gpu: Each engine takes a GPU.
     """
     from ray import serve
 
@@ -179,7 +182,7 @@ def build_application(plan: ServePlan, tenants: tuple[Tenant, ...]) -> Applicati
     engine = serve.deployment(EngineReplica).options(
         name=ENGINE,
         num_replicas=settings.replicas,
-        ray_actor_options=_resources(plan.model),
+        ray_actor_options=_resources(uses_gpu=uses_gpu),
         max_ongoing_requests=settings.max_batch + settings.max_queue,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,
@@ -195,11 +198,8 @@ def build_application(plan: ServePlan, tenants: tuple[Tenant, ...]) -> Applicati
     return gateway.bind(plan, tenants, engine.bind(plan))
 
 
-def _resources(model: ModelSection) -> dict[str, float]:
-    import ray
-
-    has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
-    if model.device == "cuda" or (model.device == "auto" and has_gpu):
+def _resources(*, uses_gpu: bool) -> dict[str, float]:
+    if uses_gpu:
         return {"num_cpus": 1, "num_gpus": 1}
     # A fraction: the engine computes only while somebody asks, and a re-search must still fit.
     return {"num_cpus": 0.1}

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from graft.compressors.folder import load_adapter
 from graft.core.errors import AdapterError, GraftError, ServingError
-from graft.engine.publish import require_answers
+from graft.engine.publish import require_answers, require_base
 
 if TYPE_CHECKING:
     from graft.artifacts import Store
     from graft.compressors.base import Adapter
     from graft.engine.multi import MultiAdapterModel
+    from graft.models.ready import ReadyModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,17 @@ class _Held:
     loading: asyncio.Task[None]
     num_users: int = 0
 
+    @property
+    def has_failed(self) -> bool:
+        """It was not put on the base."""
+        ended = self.loading
+        return ended.done() and (ended.cancelled() or ended.exception() is not None)
+
+    @property
+    def is_unused(self) -> bool:
+        """Nobody uses it or waits for it."""
+        return self.num_users == 0 and self.loading.done()
+
 
 class AdapterSlots:
     """Which digests are on the base, and how many requests use each.
@@ -37,7 +49,7 @@ class AdapterSlots:
     Args:
         model: The base.
         store: Where adapters are.
-        base_digest: Adapters of another base are refused.
+        ready: The base as it was prepared: adapters of another one are refused.
         max_adapters: Beyond, unused ones are taken off, the longest unused first.
         run: Runs a function in the thread that owns the model.
     """
@@ -47,13 +59,13 @@ class AdapterSlots:
         model: MultiAdapterModel,
         store: Store,
         *,
-        base_digest: str,
+        ready: ReadyModel,
         max_adapters: int,
         run: Callable[[Callable[[], Any]], Awaitable[Any]],
     ) -> None:
         self._model = model
         self._store = store
-        self._base_digest = base_digest
+        self._ready = ready
         self._max_adapters = max_adapters
         self._run = run
         self._held: dict[str, _Held] = {}
@@ -72,7 +84,7 @@ class AdapterSlots:
         if digest is None:
             return
         held = self._held.pop(digest, None)
-        if held is None:
+        if held is None or held.has_failed:  # while nobody waited
             held = _Held(asyncio.ensure_future(self._load(digest)))
         self._held[digest] = held  # last: used most recently
         held.num_users += 1
@@ -80,18 +92,14 @@ class AdapterSlots:
             await asyncio.shield(held.loading)
         except BaseException:
             held.num_users -= 1
-            if held.loading.done() and self._held.get(digest) is held:
-                self._forget_failed(digest, held)
+            if held.has_failed and self._held.get(digest) is held:
+                del self._held[digest]
             raise
 
     def release(self, digest: str | None) -> None:
         """Ends one use."""
         if digest is not None and digest in self._held:
             self._held[digest].num_users -= 1
-
-    def _forget_failed(self, digest: str, held: _Held) -> None:
-        if held.loading.cancelled() or held.loading.exception() is not None:
-            del self._held[digest]
 
     async def _load(self, digest: str) -> None:
         try:
@@ -109,11 +117,9 @@ class AdapterSlots:
 
     def _read(self, digest: str) -> Adapter:
         stored = self._store.open(digest)
-        if stored.record.base_digest != self._base_digest:
-            raise AdapterError(
-                f"adapter {digest[:12]} was made for base {stored.record.base_source} "
-                f"({str(stored.record.base_digest)[:12]}), this one is {self._base_digest[:12]}"
-            )
+        if stored.record.base_digest is None:
+            raise AdapterError(f"adapter {digest[:12]} does not say which base it was made for")
+        require_base(stored, self._ready)
         require_answers(stored, "serve")
         adapter = load_adapter(stored.path)
         if "native" not in adapter.method.servable:
@@ -124,7 +130,10 @@ class AdapterSlots:
         return adapter
 
     async def _make_room(self) -> None:
-        unused = [digest for digest, held in self._held.items() if held.num_users == 0]
-        for digest in unused[: max(len(self._held) - self._max_adapters, 0)]:
-            del self._held[digest]
-            await self._run(partial(self._model.remove_slot, digest))
+        while len(self._held) > self._max_adapters:
+            # Looked up anew each time: a request may have taken one up while another was removed.
+            digest = next((d for d, held in self._held.items() if held.is_unused), None)
+            if digest is None:
+                return
+            if not self._held.pop(digest).has_failed:
+                await self._run(partial(self._model.remove_slot, digest))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graft.artifacts import Store
     from graft.data.template import ChatTemplate
     from graft.engine.multi import MultiAdapterModel
+    from graft.models.ready import ReadyModel
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class NativeEngine:
         model: The base; adapters come and go as slots named by digest.
         template: Of the base.
         store: Where adapters are.
-        base_digest: Adapters of another base are refused.
+        ready: The base as it was prepared: adapters of another one are refused.
         max_batch: Requests decoded together.
         max_length: Prompt and answer together, in tokens.
         max_adapters: Adapters kept on the base; beyond, those longest unused are taken off.
@@ -54,7 +55,7 @@ class NativeEngine:
         template: ChatTemplate,
         store: Store,
         *,
-        base_digest: str,
+        ready: ReadyModel,
         max_batch: int = 16,
         max_length: int = 1024,
         max_adapters: int = 32,
@@ -68,7 +69,7 @@ class NativeEngine:
             model, tokenizer, max_batch=max_batch, max_length=self.max_length
         )
         self._slots = AdapterSlots(
-            model, store, base_digest=base_digest, max_adapters=max_adapters, run=self._in_thread
+            model, store, ready=ready, max_adapters=max_adapters, run=self._in_thread
         )
         self._open: dict[int, _Open] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

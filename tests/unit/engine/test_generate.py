@@ -228,6 +228,13 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert found[0] == found[3] == 0
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([[1.0, 9.0, 8.0, 3.0]])
+    for temperature in (1e-300, 1e-38, 1e-6):
+        generator = torch.Generator().manual_seed(0)
+        assert next_tokens(logits, [(temperature, 1.0, generator)]) == [1]
+
+
 def test_top_p_near_zero_is_greedy() -> None:
     greedy = requests()[0]
     asked = GenerationRequest(greedy.prompt_ids, "a", 9, temperature=1.0, top_p=1e-6)

@@ -19,6 +19,7 @@ from graft.compressors.folder import save_adapter
 from graft.data.template import ChatTemplate
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.lora import LoraMethod
+from graft.models.ready import ReadyModel
 from graft.recipe.operation import TenantSection
 from graft.serving.catalog import Catalog
 from graft.serving.engines.native import NativeEngine
@@ -26,7 +27,10 @@ from graft.serving.gateway import Gateway, Served
 from graft.serving.tenants import read_tenants
 from graft.testing import tiny_model, tiny_tokenizer
 
-BASE_DIGEST = "b" * 64
+BASE_DIGEST, TEMPLATE_DIGEST = "b" * 64, "c" * 64
+READY = ReadyModel(
+    path=Path("tiny"), digest=BASE_DIGEST, template_digest=TEMPLATE_DIGEST, source="tiny"
+)
 KEYS = {"GRAFT_KEY_ALICE": "sk-alice-0123456789", "GRAFT_KEY_BOB": "sk-bob-01234567890"}
 ALICE, BOB = KEYS.values()
 TENANTS = (
@@ -36,7 +40,15 @@ TENANTS = (
 MAX_LENGTH = 96
 
 
-def publish(store: Store, folder: Path, *, r: int, seed: int, base: str = BASE_DIGEST) -> str:
+def publish(
+    store: Store,
+    folder: Path,
+    *,
+    r: int,
+    seed: int,
+    base: str = BASE_DIGEST,
+    template: str | None = None,
+) -> str:
     """Publishes an adapter of random weights, large enough to change answers."""
     method = LoraMethod(r=r, lora_alpha=4 * r)
     generator = torch.Generator().manual_seed(seed)
@@ -49,9 +61,14 @@ def publish(store: Store, folder: Path, *, r: int, seed: int, base: str = BASE_D
     }
     path = folder / f"adapter-{r}-{seed}-{base[:2]}"
     save_adapter(path, Adapter(method, tensors), "tiny")
-    return store.publish(
-        path, AdapterRecord(name="tiny", base_source="tiny", base_digest=base, method="lora")
+    record = AdapterRecord(
+        name="tiny",
+        base_source="tiny",
+        base_digest=base,
+        template_digest=template,
+        method="lora",
     )
+    return store.publish(path, record)
 
 
 @dataclass
@@ -117,7 +134,7 @@ def make_site(tmp_path: Path) -> Iterator[Site]:
         MultiAdapterModel(tiny_model()),
         ChatTemplate(tiny_tokenizer()),
         store,
-        base_digest=BASE_DIGEST,
+        ready=READY,
         max_batch=4,
         max_length=MAX_LENGTH,
         max_adapters=2,

@@ -145,6 +145,9 @@ def test_an_adapter_that_was_removed_or_fits_another_base_is_503(
     foreign = publish(site.store, tmp_path, r=2, seed=9, base="c" * 64)
     site.store.promote("lamps", site.store.register("lamps", foreign))
     assert site.chat().json()["error"]["code"] == "adapter_unavailable"
+    foreign = publish(site.store, tmp_path, r=2, seed=10, template="d" * 64)
+    site.store.promote("lamps", site.store.register("lamps", foreign))
+    assert site.chat().json()["error"]["code"] == "adapter_unavailable", "another chat template"
     folder = site.store.open(site.digests["doors"]).path
     folder.rename(folder.with_name("elsewhere"))
     assert site.chat(key=BOB, model="doors").status_code == 503

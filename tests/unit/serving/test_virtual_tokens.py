@@ -16,7 +16,7 @@ from graft.methods.prompt import PromptMethod
 from graft.serving.engines.native import NativeEngine
 from graft.serving.messages import Item, Job, Piece, Refused, Started
 from graft.testing import tiny_model, tiny_tokenizer
-from tests.unit.serving.conftest import BASE_DIGEST
+from tests.unit.serving.conftest import BASE_DIGEST, READY
 
 MESSAGES = ({"role": "user", "content": "put lamp to 7"},)
 CONTEXT = 512
@@ -43,7 +43,7 @@ def test_virtual_tokens_take_of_the_context_that_a_request_may_fill(
         MultiAdapterModel(tiny_model()),
         template,
         store,
-        base_digest=BASE_DIGEST,
+        ready=READY,
         max_length=CONTEXT,
     )
     num_prompt = len(template.prompt_ids(MESSAGES, source="messages"))
