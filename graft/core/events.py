@@ -22,17 +22,19 @@ class EventLog:
         self._repair()
 
     def _repair(self) -> None:
-        if not self.path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:
             return
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with self.path.open("r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
+        with self.path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Writes one event durably and returns it."""
         record = {"event": event, "time_s": time.time(), **fields}
         line = json.dumps(record, ensure_ascii=False)
+        self._repair()  # of an append that a full disk cut
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from graft.artifacts import Store
-from graft.core.errors import AdapterError, ConfigError, GateRefusedError
+from graft.core.errors import AdapterError, ConfigError, GateRefusedError, GraftError
 from graft.core.files import write_json
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
@@ -252,20 +252,15 @@ class _Renewal:
         def measured(slot: str, rows: Any) -> EvalReport:
             return evaluate_run(run, slot, metrics=[metric], prepared=rows, progress=self._progress)
 
-        with seated(run, *(load_adapter(adapter.path) for adapter in stored)) as (before, after):
-            new, old = (
-                compare(
-                    metric,
-                    source,
-                    measured(before, rows),
-                    measured(after, rows),
-                    section.confidence,
-                )
-                for source, rows in (
-                    (str(loop.feedback_eval), new_rows),
-                    (str(self._sections.data.eval), run.prepared),
-                )
-            )
+        found = []
+        for adapter in stored:  # one after the other: a method that owns the base stands alone
+            with seated(run, load_adapter(adapter.path)) as (slot,):
+                found.append([measured(slot, rows) for rows in (new_rows, run.prepared)])
+        sources = (str(loop.feedback_eval), str(self._sections.data.eval))
+        new, old = (
+            compare(metric, source, before, after, section.confidence)
+            for source, before, after in zip(sources, *found, strict=True)
+        )
         return judge(loop.gate, new=new, old=old)
 
     def _promoted(self, plan: RenewalPlan, version: int) -> tuple[str, ...]:
@@ -285,14 +280,21 @@ class _Renewal:
         if self._store.aliases(self._name).get("champion") != version:
             self._store.names.set_alias(self._name, "challenger", version)
 
-    def _refit(self, plan: RenewalPlan, run: LoadedRun) -> str:
-        """Makes the reference of the traffic that the successor was trained for."""
+    def _refit(self, plan: RenewalPlan, run: LoadedRun) -> str | None:
+        """Makes the reference of the traffic that the successor was trained for.
+
+        None keeps the old one: the successor is promoted by now, whatever becomes of this.
+        """
         from graft.data import load_examples
         from graft.pipelines.reference import choose_prompts, save_reference
 
         file = f"reference-{self._number}.npz"
-        texts = choose_prompts(load_examples(plan.data.train, "auto"), self._sections.watch)
-        save_reference(self._loop_folder / file, run.model, run.template.tokenizer, texts)
+        try:
+            texts = choose_prompts(load_examples(plan.data.train, "auto"), self._sections.watch)
+            save_reference(self._loop_folder / file, run.model, run.template.tokenizer, texts)
+        except (GraftError, OSError) as error:
+            self._progress.note(f"the watch keeps its reference: {error}")
+            return None
         return file
 
     def _result(
@@ -326,7 +328,7 @@ def _on_old_rows(recipe: Recipe, sections: Sections) -> Recipe:
     """Returns a recipe whose held-out rows are the frozen old ones."""
     return recipe.model_copy(
         update={
-            "data": sections.data.model_copy(update={"limit": 1}),
+            "data": sections.data,
             "eval": sections.eval,
             "verify": sections.verify,
         }

@@ -41,7 +41,12 @@ class RenewalData(StrictModel):
 
 
 def compose(
-    data: DataSection, loop: LoopSection, folder: Path, *, seed: int, older: Sequence[str] = ()
+    data: DataSection,
+    loop: LoopSection,
+    folder: Path,
+    *,
+    seed: int,
+    older: Sequence[DataSection] = (),
 ) -> RenewalData:
     """Writes `train.jsonl` and `search.jsonl` of a renewal; the same inputs give the same files.
 
@@ -50,7 +55,8 @@ def compose(
         loop: Names the labelled new rows and how many old ones join them.
         folder: Where the files go.
         seed: Of the choice.
-        older: More files of rows to replay, such as the champion's own training rows.
+        older: More rows to replay, where their files are still there: those that the champion
+            learned from, read as it read them.
 
     Raises:
         ConfigError: `loop.feedback`, `loop.feedback_eval` or `data.eval` is absent.
@@ -66,8 +72,9 @@ def compose(
         )
     kept_apart = {_content(example) for example in (*new, *_gate_rows(data, loop))}
     pool = load_examples(data.train, data.format, system=data.system, limit=data.limit)
-    for source in older:
-        pool += load_examples(source, "auto") if Path(source).is_file() else []
+    for of in older:
+        if Path(of.train).is_file():
+            pool += load_examples(of.train, of.format, system=of.system, limit=of.limit)
     old = [example for example in _distinct(pool) if _content(example) not in kept_apart]
 
     rng = random.Random(derive_seed("renewal", seed))
@@ -147,4 +154,8 @@ def _row(example: Example) -> dict[str, Any]:
     if example.messages:
         return {"messages": [message.model_dump() for message in example.messages]}
     prompt = [message.model_dump() for message in example.prompt]
+    if example.answer is not None:
+        return {"prompt": prompt, "completion": example.answer, "label": example.is_wanted}
+    if example.chosen is None:
+        return {"prompt": prompt}
     return {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected}

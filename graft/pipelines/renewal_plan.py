@@ -58,7 +58,7 @@ def make_plan(store: Store, name: str, sections: Sections, folder: Path, study: 
         sections.loop,
         folder,
         seed=recipe.train.seed,
-        older=[require_single(recipe.data, "a renewal of this champion").train],
+        older=[require_single(recipe.data, "a renewal of this champion")],
     )
     return RenewalPlan(
         champion_version=version,

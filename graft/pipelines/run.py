@@ -101,7 +101,8 @@ def publish_forms(
     """Registers and promotes what a run made.
 
     The champion of `name` is the compressed adapter; the one it was made from is served beside it
-    as `<name>-full`. Without compression the trained adapter is the champion.
+    as `<name>-full`. Without compression the trained adapter is the champion. A version is promoted
+    once: where a successor has taken its place since, or a person another one, that stays.
 
     Returns:
         The champion, and the second name where there is one.
@@ -118,5 +119,9 @@ def _champion(name: str, digest: str, home: Path) -> Published:
 
     store = Store(home)
     version = store.register(name, digest)
-    store.promote(name, version)
-    return Published(version, digest)
+    told = store.names.history(name)
+    if not any(e["event"] == "promote" and e["version"] == version for e in told):
+        store.promote(name, version)
+    state = store.names.state(name)  # what came after it, or was rolled back to, stays
+    champion = state.alias("champion")
+    return Published(champion, state.digest(champion))

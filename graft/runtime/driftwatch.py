@@ -160,7 +160,6 @@ class DriftWatch:
     def _tell(self, index: int, verdict: Verdict) -> None:
         if (index, self._num_prompts) in self._told:
             return
-        self._told.add((index, self._num_prompts))
         held_back = self._held_back() if verdict.is_drift else None
         self._journal.append(
             "verdict",
@@ -170,6 +169,7 @@ class DriftWatch:
             is_alarm=verdict.is_drift and held_back is None,
             held_back=held_back,
         )
+        self._told.add((index, self._num_prompts))
 
     def _held_back(self) -> str | None:
         if self.status.is_busy:
@@ -190,7 +190,10 @@ class DriftWatch:
         if status.state == "DRIFT":
             if status.is_paused:
                 return None
-            self.move("RETRAINING", evidence, renewal=status.num_renewals + 1)
+            number = status.num_renewals + 1
+            while (self._folder / f"renewal-{number}" / "result.json").exists():
+                number += 1  # a person began that one, and it knew nothing of this alarm
+            self.move("RETRAINING", evidence, renewal=number)
         return RenewalRequest(
             name=self.settings.name,
             home=self.settings.home,

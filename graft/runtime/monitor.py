@@ -149,8 +149,9 @@ def start_monitor(settings: MonitorSettings, renewal: Renewal | None) -> Any:
 
     running = find_monitor(settings.name)
     if running is not None:
-        if ray.get(running.settings.remote()) == settings:
-            return running
+        at_work = ray.get(running.settings.remote())
+        if at_work in (settings, settings.model_copy(update={"renews": True})):
+            return running  # one that renews watches, too
         stop_monitor(settings.name)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(MonitorActor)
     handle = actor.options(

@@ -69,10 +69,8 @@ def command(
     space = load_recipe(recipe, overrides or ())
     folder, name = resolve_home(home), space.sections().name
     progress = terminal_progress()
-    if address is not None:
+    if address is not None and not (once or as_json):
         with ray_session(address):
-            status = watch(space, home=folder, progress=progress)
-            if once or as_json:
-                return status
+            watch(space, home=folder, progress=progress)
             follow(folder, name, progress)
     return read_status(folder, name)

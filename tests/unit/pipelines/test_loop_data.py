@@ -74,7 +74,8 @@ def test_the_same_inputs_give_the_same_files_another_seed_others(tmp_path: Path)
 def test_the_champions_own_rows_are_replayed_once_and_gate_rows_never(tmp_path: Path) -> None:
     data, loop = sections(tmp_path, replay_fraction=0.95)
     older = write(tmp_path / "older.jsonl", ["old 5", "older", "old 203", "new 201"])
-    made = compose(data, loop, tmp_path / "renewal", seed=1, older=[older, str(tmp_path / "gone")])
+    sources = [DataSection(train=train) for train in (older, str(tmp_path / "gone"))]
+    made = compose(data, loop, tmp_path / "renewal", seed=1, older=sources)
     seen = questions(made.train) + questions(made.search)
     assert len(seen) == len(set(seen)) == 40 + 101
     assert "older" in seen
@@ -88,6 +89,36 @@ def test_an_agreed_system_message_is_kept_in_the_rows(tmp_path: Path) -> None:
     )
     first = load_examples(made.train, "auto")[0]
     assert [turn.role for turn in first.messages] == ["system", "user", "assistant"]
+
+
+def test_what_the_champion_learned_from_is_read_as_it_read_it(tmp_path: Path) -> None:
+    data, loop = sections(tmp_path, replay_fraction=0.95)
+    data = data.model_copy(update={"system": "Be brief.", "limit": 20})
+    made = compose(data, loop, tmp_path / "renewal", seed=1, older=[data])
+    rows = [e for file in (made.train, made.search) for e in load_examples(file, "auto")]
+    assert all(row.messages[0].role == "system" for row in rows)
+    assert len(rows) == 40 + 20, "each old row once, and none beyond the limit"
+
+
+def test_unpaired_rows_come_back_with_answer_and_label(tmp_path: Path) -> None:
+    def unpaired(name: str, numbers: range) -> str:
+        rows = [
+            {"prompt": f"{name} {i}", "completion": "yes", "label": i % 2 == 0} for i in numbers
+        ]
+        path = tmp_path / f"{name}-{numbers.start}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    data = DataSection(
+        train=unpaired("old", range(20)), eval=unpaired("old", range(20, 24)), format="unpaired"
+    )
+    loop = LoopSection(
+        feedback=unpaired("new", range(16)), feedback_eval=unpaired("new", range(16, 20))
+    )
+    made = compose(data, loop, tmp_path / "renewal", seed=0)
+    rows = load_examples(made.train, "auto")
+    assert {row.answer for row in rows} == {"yes"}
+    assert {row.is_wanted for row in rows} == {True, False}
 
 
 def test_preference_rows_come_back_as_they_went(tmp_path: Path) -> None:

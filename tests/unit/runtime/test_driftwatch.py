@@ -178,6 +178,21 @@ def test_a_renewal_is_one_at_a_time_resumes_by_its_number_and_cools_down(tmp_pat
     assert second.number == 2
 
 
+def test_a_renewal_begun_by_hand_is_no_answer_to_a_later_alarm(tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = loop_folder(tmp_path, NAME) / f"renewal-{number}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+    watch = DriftWatch(settings(tmp_path))
+    watch.observe(rows(2, 20, shift=2.0))
+    asked = watch.next_renewal()
+    assert asked is not None
+    assert asked.number == 3
+    again = DriftWatch(settings(tmp_path)).next_renewal()
+    assert again is not None
+    assert again.number == 3
+
+
 def test_after_a_promotion_the_new_traffic_is_the_reference(tmp_path: Path) -> None:
     watch = DriftWatch(settings(tmp_path, cooldown_s=0.0))
     watch.observe(rows(2, 25, shift=2.0))
