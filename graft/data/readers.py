@@ -84,6 +84,8 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
         if header is None:
             return
         for values in reader:
+            if not values:
+                continue  # an empty line
             place = f"{path.name}:{reader.line_num}"
             if len(values) != len(header):
                 raise DataError(

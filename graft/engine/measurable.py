@@ -44,6 +44,9 @@ def require_measurable(
             require_answers_fit(part.objective, recipe.method, asked, context_tokens)
     _require_held_out(recipe.eval.metrics, prepared, "eval.metrics")
     _require_held_out(searched, prepared, "search.objectives")
+    if any(metric.needs == "generation" for metric in (*recipe.eval.metrics, *searched)):
+        num_new = recipe.eval.max_new_tokens
+        _require_room(prepared.prompts, num_new, "eval", recipe.method, context_tokens)
     names = [objective.metric for objective in recipe.search.objectives]
     if LATENCY_MS in names and not prepared.prompts:
         raise DataError(
@@ -63,15 +66,20 @@ def require_answers_fit(
     Raises:
         DataError: The first such prompt, and what would do instead.
     """
+    _require_room(asked, objective.max_new_tokens, "objective", method, context_tokens)
+
+
+def _require_room(
+    asked: Iterable[EvalPrompt], num_new: int, section: str, method: Method, context_tokens: int
+) -> None:
     num_virtual = getattr(method, "num_virtual_tokens", 0)
-    num_new = objective.max_new_tokens
     for prompt in asked:
         num_prompt = len(prompt.prompt_ids)
         if num_virtual + num_prompt + num_new > context_tokens:
             virtual = f", the adapter {num_virtual} virtual ones" if num_virtual else ""
             raise DataError(
                 f"{prompt.source}: the prompt has {num_prompt} tokens{virtual}, an answer may "
-                f"have {num_new} (objective.max_new_tokens), and the model's context is "
+                f"have {num_new} ({section}.max_new_tokens), and the model's context is "
                 f"{context_tokens}; shorten or remove the row, or lower max_new_tokens"
             )
 

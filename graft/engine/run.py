@@ -242,6 +242,7 @@ class _Keeper:
         self._folder = folder
         self._facts = run_facts(run)
         self._is_writer = trainer.backend.world_rank == 0
+        self._has_kept = False
 
     def find(self) -> Resumed | None:
         """Finds where the run stands.
@@ -264,25 +265,33 @@ class _Keeper:
 
     def open(self, past: Resumed | None) -> None:
         """Readies the folder for what follows."""
+        self._has_kept = past is not None
         if self._is_writer:
             require_writable(self._folder, "checkpoints and reports")
             write_json(self._folder / RECIPE_FILE, self._run.recipe.model_dump(mode="json"))
             drop_reports_after(self._folder, past.state.step if past else 0)
 
     def keep(self, report: Report) -> Report:
-        """Adds what the slot costs, keeps the report with its checkpoint, and returns it."""
+        """Adds what the slot costs, keeps the report with its checkpoint, and returns it.
+
+        Nothing is kept of a run whose checkpoints somebody has removed: it is about to be ended for
+        good, and nobody goes on from it.
+        """
         state, searched = self._trainer.state(SLOT), self._run.recipe.search.objectives[0]
         report = report | costs_of(self._run, SLOT, state.tensors, report, self._folder)
-        if self._is_writer:
+        if self._is_writer and self._is_wanted:
             save_progress(self._folder, state, report, self._facts, searched)
+            self._has_kept = True
         return report
 
     def keep_between_reports(self, report: Report, window: list[StepReport]) -> None:
-        """Keeps where the run is, unless what it kept is gone: then nobody goes on from it."""
         state = self._trainer.state(SLOT)
-        is_wanted = not report["steps"] or newest_step(self._folder / CHECKPOINTS)
-        if self._is_writer and is_wanted:
+        if self._is_writer and self._is_wanted:
             save_between_reports(self._folder, state, report, window, self._facts)
+
+    @property
+    def _is_wanted(self) -> bool:
+        return not self._has_kept or newest_step(self._folder / CHECKPOINTS) > 0
 
 
 def read_result(folder: Path) -> TrainResult:

@@ -107,7 +107,11 @@ class BottleneckMethod(OwnFilesMethod):
 
     def _endings(self, paths: list[str], field: str, usual: tuple[str, ...]) -> tuple[str, ...]:
         given: tuple[str, ...] | None = getattr(self, field)
-        return usual_endings(paths, usual, field=field) if given is None else given
+        if given is None:
+            return usual_endings(paths, usual, field=field)
+        if not given:
+            raise ConfigError(f"method.{field} names no layer; leave it out for the usual ones")
+        return given
 
     def size(self, site: Site) -> int:
         """Width of the small network at a layer."""

@@ -78,8 +78,10 @@ def read_cluster(path: Path, gpu: str | None = None) -> Hardware:
     groups = [group for group in _groups(_content(path), path) if group.nodes > 0]
     if gpu is not None:
         given = parse_hardware(gpu)
-        nodes = sum((group.gpus or given.count) * group.nodes for group in groups)
-        return Hardware(gpu=given.gpu, count=nodes)
+        counted = [group for group in groups if group.gpus] or groups
+        return Hardware(
+            gpu=given.gpu, count=sum((group.gpus or given.count) * group.nodes for group in counted)
+        )
     with_gpus = [group for group in groups if group.gpus]
     if not with_gpus:
         raise ConfigError(

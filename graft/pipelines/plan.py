@@ -226,6 +226,7 @@ def _time(
     alone = [kind.recipe for kind in kinds if kind.recipe and kind.branch.executor == "dedicated"]
     # Packs take a device each; dedicated trials share all of them out.
     most = max((recipe.scale.max_workers for recipe in alone), default=1)
+    most = min(most, target.devices) if target.is_named else most
     devices = min(target.devices // most, recipes[0].search.trials) * most
     if space.is_complete:
         trials = recipes[0].search.model_copy(update={"trials": 1, "finalists": 0})

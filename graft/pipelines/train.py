@@ -173,7 +173,7 @@ def _folder(recipe: Recipe, home: Path) -> Path:
 
 
 def _known(folder: Path, run: PreparedRun, store: Store) -> TrainedAdapter | None:
-    """Returns the result of the same recipe on the same data, if it is still in the store.
+    """Returns the result of the same recipe on the same base, start and data, if it is still there.
 
     Raises:
         AdapterError: It is there, and damaged.
@@ -188,8 +188,10 @@ def _known(folder: Path, run: PreparedRun, store: Store) -> TrainedAdapter | Non
     is_same = same and result.data_digest == run.prepared.proof.digest
     if not is_same or result.artifact not in store.digests():
         return None
-    store.verify(result.artifact)
-    return result
+    record = store.verify(result.artifact).record
+    starts = [parent.digest for parent in record.parents if parent.relation == "successor"]
+    same_start = starts == ([] if run.start is None else [run.start])
+    return result if same_start and record.base_digest == run.ready.digest else None
 
 
 def _train_here(run: LoadedRun, folder: Path, *, home: Path, progress: Progress) -> None:

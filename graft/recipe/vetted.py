@@ -22,19 +22,29 @@ def wants_vetted_space(root: dict[str, Any]) -> bool:
 def add_vetted_space(parsed: dict[str, Any]) -> None:
     """Opens what each method's and objective's own search space names and the recipe does not."""
     parsed.setdefault("method", Recipe.model_fields["method"].get_default()["type"])
+    elsewhere: set[Elsewhere] = set()
     for section in [name for name in _FAMILIES if name in parsed]:
         found = parsed[section]
         if not isinstance(found, Hole):
-            parsed[section] = _with_vetted_space(section, found, parsed, is_branch=False)
+            parsed[section] = _with_vetted_space(section, found, parsed, elsewhere)
             continue
         options = {
-            label: _with_vetted_space(section, option, parsed, is_branch=True)
+            label: _with_vetted_space(section, option, parsed, elsewhere, is_branch=True)
             for label, option in found.options.items()
         }
         parsed[section] = Hole(found.space, options, found.index)
+        elsewhere |= {key for o in options.values() for key in o if isinstance(key, Elsewhere)}
 
 
-def _with_vetted_space(own: str, option: Any, parsed: dict[str, Any], *, is_branch: bool) -> Any:
+def _with_vetted_space(
+    own: str,
+    option: Any,
+    parsed: dict[str, Any],
+    taken: set[Elsewhere],
+    *,
+    is_branch: bool = False,
+) -> Any:
+    """Opens an option; what a branch of an earlier family opens elsewhere is `taken`."""
     registry = _FAMILIES[own]
     opened: dict[Any, Any] = {"type": option} if isinstance(option, str) else option
     if not isinstance(opened, dict) or opened.get("type") not in registry.names():
@@ -46,7 +56,8 @@ def _with_vetted_space(own: str, option: Any, parsed: dict[str, Any], *, is_bran
             opened.setdefault(key, make_hole(space))
             continue
         there = parsed.setdefault(section, {})
-        if isinstance(there, dict) and key not in there:
+        is_free = Elsewhere((section, key)) not in taken
+        if is_free and isinstance(there, dict) and key not in there:
             if is_branch:
                 opened[Elsewhere((section, key))] = make_hole(space)
             else:

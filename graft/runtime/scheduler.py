@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,8 @@ class StudyScheduler(FIFOScheduler):
         section: The recipe's scheduler.
         objectives: Searched metrics.
         longest: Steps or tokens of the longest trial, whichever rungs count.
-        ended: Folders of the trials that have ended; their reports fill the rungs.
+        ended: Folders of the trials that have ended, by those that they are known by; their reports
+            fill the rungs.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class StudyScheduler(FIFOScheduler):
         section: AshaScheduler,
         objectives: Sequence[SearchObjective],
         longest: int,
-        ended: Iterable[Path],
+        ended: Mapping[Path, Path],
     ) -> None:
         super().__init__()
         grace = section.grace_tokens if section.unit == TOKENS else section.grace_steps
@@ -53,8 +54,8 @@ class StudyScheduler(FIFOScheduler):
             self._rungs = AsyncHyperBandScheduler(
                 metric=early[0].metric, mode=early[0].mode, stop_last_trials=False, **places
             )
-        for folder in ended:
-            self._pass_again(folder, folder)
+        for origin, folder in ended.items():
+            self._pass_again(origin, folder)
 
     def _pass_again(self, origin: Path | str, folder: Path) -> None:
         trial = _known_by(origin)

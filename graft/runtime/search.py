@@ -251,7 +251,9 @@ class Search:
         section = self._section.scheduler
         if section.type == "none":
             return BudgetScheduler(FIFOScheduler(), self._budget)
-        ended = [self._study.trial_folder(t.number) for t in self._study.trials if t.has_ended]
+        numbers = [trial.number for trial in self._study.trials if trial.has_ended]
+        origin, folder = self._study.records.origin, self._study.trial_folder
+        ended = {folder(origin(number)): folder(number) for number in numbers}
         asha = StudyScheduler(section, self._section.objectives, self._longest, ended)
         return BudgetScheduler(asha, self._budget)
 

@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -50,6 +50,15 @@ class Place(StrictModel):
 
     url: str
     study: str
+
+
+@contextmanager
+def while_running() -> Iterator[None]:
+    """Passes over what is written to a trial that somebody has ended meanwhile, in a dashboard."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with suppress(UpdateFinishedTrialError):
+        yield
 
 
 def is_begun(folder: Path) -> bool:

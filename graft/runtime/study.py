@@ -19,7 +19,7 @@ from graft.core.progress import QUIET, Progress
 from graft.core.spaces import Float, Int, Space
 from graft.runtime.postgres import PATIENCE_S, StudyTakenError
 from graft.runtime.samplers import endless_grid, seeded_sampler
-from graft.runtime.storage import Kept, storage_to_drive, storage_to_read
+from graft.runtime.storage import Kept, storage_to_drive, storage_to_read, while_running
 from graft.runtime.trial_records import TrialRecords
 from graft.runtime.trials import (
     CONTINUES,
@@ -287,21 +287,20 @@ class Study:
         known, trial = self.trial(number), self._live[number]
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         searched = self.section.objectives[0].metric
-        if (
-            len(self._study.directions) == 1  # Optuna keeps no reports of several objectives
-            and searched in finite
-            and steps not in known.reports
-        ):
-            trial.report(finite[searched], steps)
-        if steps >= known.steps:
-            trial.set_user_attr("metrics", finite)
-            trial.set_user_attr("steps", steps)
+        is_single = len(self._study.directions) == 1  # Optuna keeps no reports of several
+        with while_running():
+            if is_single and searched in finite and steps not in known.reports:
+                trial.report(finite[searched], steps)
+            if steps >= known.steps:
+                trial.set_user_attr("metrics", finite)
+                trial.set_user_attr("steps", steps)
         self._records.read(number)
 
     def note(self, number: int, **facts: str | float) -> None:
         """Keeps facts beside a running trial: `executor`, `seconds`, `tokens`, why `paused`."""
-        for name, value in facts.items():
-            self._live[number].set_user_attr(name, value)
+        with while_running():
+            for name, value in facts.items():
+                self._live[number].set_user_attr(name, value)
         self._records.read(number)
 
     def refuse(self, number: int, reason: str) -> None:

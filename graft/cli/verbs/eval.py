@@ -9,6 +9,7 @@ import typer
 
 from graft.cli.console import verb
 from graft.cli.options import AsJson, Home, OptionalRecipe, Overrides
+from graft.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +61,10 @@ def _find(
     from graft.recipe.load import load_recipe
 
     if Path(target).suffix in (".yaml", ".yml"):
+        if path is not None:
+            raise ConfigError(
+                f"{target} is a recipe itself, and --recipe names {path}: give one of them"
+            )
         space = load_recipe(Path(target), overrides)
         return space.sections().name, space.example()
     if target == BASE:

@@ -79,6 +79,17 @@ def test_a_pair_is_cut_answer_by_answer_and_its_prompt_stays_whole(template: Cha
         assert cut.take(cut.branch_columns(branch)).input_ids == own[: num_prompt + 3]
 
 
+def test_a_short_answer_beside_one_that_is_cut_is_scored_once(template: ChatTemplate) -> None:
+    pair = template.answers(PROMPT, ["one two three four five six seven", "x"], source="pairs:1")
+    scored, num_prompt = scored_row(pair), pair.num_prompt_tokens
+    short = scored.take(scored.branch_columns(2))
+    room = len(short.input_ids) - num_prompt + 2
+    cut = fit_row(scored, section(num_prompt + room), template)
+    assert cut.branch.count(1) == room
+    own = cut.take(cut.branch_columns(2))
+    assert (own.input_ids, own.targets) == (short.input_ids, short.targets)
+
+
 def test_a_cut_answer_is_still_scored_at_its_end(template: ChatTemplate) -> None:
     pair = template.answers(PROMPT, ["one two three four five", "six"], source="pairs:1")
     scored = scored_row(pair)

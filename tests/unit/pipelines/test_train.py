@@ -179,6 +179,22 @@ def test_a_run_does_not_go_on_from_another_adapter_of_the_same_name(
         train(space, home=home)
 
 
+def test_a_finished_training_from_another_start_is_not_returned(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    train(load_recipe(recipe_file, ["name=start"]), home=home)
+    promote("start", 1, home=home)
+    space = load_recipe(recipe_file, ["train.init_from=start"])
+    first = train(space, home=home)
+    assert train(space, home=home) == first
+    shutil.rmtree(home / "runs" / "start")
+    train(load_recipe(recipe_file, ["name=start", "train.seed=8"]), home=home)
+    promote("start", 2, home=home)
+    with pytest.raises(ConfigError, match=r"train\.init_from = "):
+        train(space, home=home)
+
+
 def test_an_experts_load_stands_in_every_report(recipe_file: Path, tmp_path: Path) -> None:
     from graft.engine.run import load_run, train_run
 

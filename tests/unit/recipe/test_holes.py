@@ -260,6 +260,15 @@ def test_space_auto_opens_the_objective_too(load: Load) -> None:
     assert recipe.objective.model_dump()["beta"] == 0.5
 
 
+def test_space_auto_opens_nothing_twice(load: Load) -> None:
+    """Each method of a choice has its own learning rate; the objective's would never be trained."""
+    objectives = ("reward", "{choice: [{type: reward}, {type: dpo}]}")
+    for text in (f"objective: {objective}\n" for objective in objectives):
+        space = load("search: {space: auto}\nmethod: {choice: [lora, ia3]}\n" + text)
+        rates = {name for name in space.holes if name.endswith("train/lr") or "train.lr" in name}
+        assert rates == {"method[lora]/train.lr", "method[ia3]/train.lr"}
+
+
 def test_space_auto_keeps_each_branch_of_a_choice_apart(load: Load) -> None:
     space = load(
         "search: {space: auto}\n"

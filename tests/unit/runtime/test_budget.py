@@ -56,7 +56,7 @@ class Driver:
         self.searcher = StudySearcher(self.queue, "packed")
         section, within = study.section, FIFOScheduler()
         if section.scheduler.type == "asha":
-            within = StudyScheduler(section.scheduler, section.objectives, longest, [])
+            within = StudyScheduler(section.scheduler, section.objectives, longest, {})
         self.scheduler = BudgetScheduler(within, self.queue.budget)
 
     def begin(self, trial_id: str) -> Any:

@@ -32,7 +32,7 @@ def decide(scheduler: StudyScheduler, trial: Any, *reports: dict[str, Any]) -> s
 
 
 def test_the_worse_half_is_stopped_at_a_rung(tmp_path: Path) -> None:
-    scheduler = StudyScheduler(ASHA, [LOSS], 40, [])
+    scheduler = StudyScheduler(ASHA, [LOSS], 40, {})
     assert decide(scheduler, trial(tmp_path, 0), report(10, 0.5)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 1), report(10, 0.9)) == "STOP"
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.2)) == "CONTINUE"
@@ -41,17 +41,17 @@ def test_the_worse_half_is_stopped_at_a_rung(tmp_path: Path) -> None:
 def test_ended_trials_of_an_earlier_driver_count(tmp_path: Path) -> None:
     for number, loss in enumerate((0.1, 0.2)):
         EventLog(tmp_path / str(number) / REPORTS_FILE).append("report", **report(10, loss))
-    ended = [tmp_path / "0", tmp_path / "1"]
+    ended = {tmp_path / name: tmp_path / name for name in "01"}
     scheduler = StudyScheduler(ASHA, [LOSS], 40, ended)
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.5)) == "STOP"
-    assert decide(StudyScheduler(ASHA, [LOSS], 40, []), trial(tmp_path, 2), report(10, 0.5)) == (
+    assert decide(StudyScheduler(ASHA, [LOSS], 40, {}), trial(tmp_path, 2), report(10, 0.5)) == (
         "CONTINUE"
     )
 
 
 def test_a_resumed_trial_is_not_judged_twice_at_a_rung(tmp_path: Path) -> None:
     EventLog(tmp_path / "5" / REPORTS_FILE).append("report", **report(10, 0.3))
-    scheduler = StudyScheduler(ASHA, [LOSS], 80, [])
+    scheduler = StudyScheduler(ASHA, [LOSS], 80, {})
     resumed = trial(tmp_path, 5)
     scheduler.on_trial_add(None, resumed)
     for number, loss in enumerate((0.1, 0.15)):
@@ -61,7 +61,7 @@ def test_a_resumed_trial_is_not_judged_twice_at_a_rung(tmp_path: Path) -> None:
 
 def test_a_trial_that_goes_on_under_another_number_is_one_of_a_rung(tmp_path: Path) -> None:
     for more, decided in (([], "CONTINUE"), ([0.5], "CONTINUE")):
-        scheduler = StudyScheduler(ASHA, [LOSS], 80, [])
+        scheduler = StudyScheduler(ASHA, [LOSS], 80, {})
         for number, loss in enumerate((0.5, 0.7)):
             decide(scheduler, trial(tmp_path, number), report(10, loss))
         for loss in more:  # trial 0 was stopped, and taken up again
@@ -71,7 +71,7 @@ def test_a_trial_that_goes_on_under_another_number_is_one_of_a_rung(tmp_path: Pa
 
 
 def test_with_several_metrics_a_trial_goes_on_while_one_of_them_is_good(tmp_path: Path) -> None:
-    scheduler = StudyScheduler(ASHA, [LOSS, MATCH], 40, [])
+    scheduler = StudyScheduler(ASHA, [LOSS, MATCH], 40, {})
     assert decide(scheduler, trial(tmp_path, 0), report(10, 0.5, 0.5)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 1), report(10, 0.9, 0.9)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.95, 0.1)) == "STOP"
@@ -82,11 +82,11 @@ def test_rungs_in_tokens_compare_trials_of_other_batch_sizes_at_equal_tokens(
 ) -> None:
     """Trials of 100 and of 25 tokens a step: the small one is as far after four times the steps."""
     large, small, worse = (trial(tmp_path, number) for number in range(3))
-    in_steps = StudyScheduler(ASHA, [LOSS], 40, [])
+    in_steps = StudyScheduler(ASHA, [LOSS], 40, {})
     assert decide(in_steps, large, report(10, 0.5, tokens=1000)) == "CONTINUE"
     assert decide(in_steps, small, report(10, 0.9, tokens=250)) == "STOP"
 
-    in_tokens = StudyScheduler(AshaScheduler(grace_tokens=1000), [LOSS], 4000, [])
+    in_tokens = StudyScheduler(AshaScheduler(grace_tokens=1000), [LOSS], 4000, {})
     assert decide(in_tokens, large, report(10, 0.5, tokens=1000)) == "CONTINUE"
     assert decide(in_tokens, small, report(10, 0.9, tokens=250)) == "CONTINUE"
     assert in_tokens.on_trial_result(None, small, report(40, 0.4, tokens=1000)) == "CONTINUE"
@@ -98,7 +98,7 @@ def test_rungs_in_tokens_compare_trials_of_other_batch_sizes_at_equal_tokens(
 
 
 def test_the_first_rung_in_tokens_may_be_a_quarter_of_the_longest_trial(tmp_path: Path) -> None:
-    scheduler = StudyScheduler(AshaScheduler(grace_tokens="auto"), [LOSS], 4000, [])
+    scheduler = StudyScheduler(AshaScheduler(grace_tokens="auto"), [LOSS], 4000, {})
     assert decide(scheduler, trial(tmp_path, 0), report(1, 0.1, tokens=1000)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 1), report(9, 0.9, tokens=999)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 2), report(1, 0.9, tokens=1000)) == "STOP"
@@ -108,6 +108,6 @@ def test_rungs_in_tokens_are_rebuilt_from_reports_too(tmp_path: Path) -> None:
     section = AshaScheduler(grace_tokens=1000)
     EventLog(tmp_path / "0" / REPORTS_FILE).append("report", **report(40, 0.1, tokens=1000))
     EventLog(tmp_path / "1" / REPORTS_FILE).append("report", **report(10, 0.01, tokens=250))
-    scheduler = StudyScheduler(section, [LOSS], 4000, [tmp_path / "0", tmp_path / "1"])
+    scheduler = StudyScheduler(section, [LOSS], 4000, {tmp_path / n: tmp_path / n for n in "01"})
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.05, tokens=1000)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 3), report(10, 0.2, tokens=1000)) == "STOP"
