@@ -123,7 +123,7 @@ class Generator:
 
     def __post_init__(self) -> None:
         require_full_attention(
-            self.model.base.config,
+            self.model.base,
             "the native engine generates with full attention only: choose a base without them",
         )
         self._device = self.model.device

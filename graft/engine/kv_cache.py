@@ -5,6 +5,7 @@ Axes: N rows of this forward, H key/value heads, T new tokens, L cached tokens, 
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,27 +14,41 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 from graft.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from graft.engine.multi.prefix import Prefix
 
 _FIRST_LENGTH = 128
 
 
-def require_full_attention(config: PreTrainedConfig, reason: str) -> None:
+def layer_kinds(config: PreTrainedConfig) -> set[str]:
+    """Names what the layers of a base attend with; `full_attention` is every earlier token."""
+    text = config.get_text_config()
+    kinds = set(get_layer_types_and_kwargs(text)[0])
+    if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo's own way to say it
+        kinds.add("local_attention")
+    return kinds
+
+
+def require_full_attention(base: PreTrainedModel, reason: str) -> None:
     """Refuses bases whose layers do not all attend to every earlier token.
 
     Args:
-        config: Of the base.
+        base: The base.
         reason: Who asks for it, and what else there is; the end of the message.
 
     Raises:
         ModelError: A layer has a sliding window, a recurrent state or a shared cache.
     """
-    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    kinds = layer_kinds(base.config) - {"full_attention"}
+    takes_cache = "past_key_values" in inspect.signature(base.get_decoder().forward).parameters
+    if getattr(base, "_is_stateful", False) or not takes_cache:
+        kinds.add("recurrent")
     if kinds:
         named = ", ".join(sorted(kinds))
-        raise ModelError(f"model type {config.model_type!r} has layers of kind {named}; {reason}")
+        raise ModelError(
+            f"model type {base.config.model_type!r} has layers of kind {named}; {reason}"
+        )
 
 
 class KVCache(Cache):

@@ -106,7 +106,7 @@ class Rollouts:
             TrainingError: There is no chat template.
         """
         require_full_attention(
-            self._model.base.config,
+            self._model.base,
             f"objective {objective.type} samples with full attention only: choose a base without "
             "them, or an objective that learns from given answers",
         )

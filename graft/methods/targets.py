@@ -32,8 +32,8 @@ def select_sites(
         layers: Only of these decoder layers, by number; None is all.
 
     Raises:
-        ConfigError: A target matches no layer; the nearest names are in the message. Or none of
-            `layers` has a target.
+        ConfigError: A target matches no layer; the nearest names are in the message. Or the base
+            has no linear layer at all, or none of `layers` has a target.
     """
     if targets == ALL_LINEAR:
         chosen = {
@@ -41,6 +41,11 @@ def select_sites(
             for name, shape in linears.items()
             if not isinstance(shape, FusedSize) and min(shape) > 1
         }
+        if not chosen:
+            raise ConfigError(
+                f"method.{field}: the base has no linear layer below its head (GPT-2's are another "
+                "kind, which is not adapted); choose prompt, prefix or full, or another base"
+            )
     else:
         chosen = _named(linears, targets, field)
     if layers is not None:

@@ -23,10 +23,11 @@ def head_logits(base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     import torch
 
     logits: torch.Tensor = base.get_output_embeddings()(hidden)
-    scale = _scale(base.config)
+    config = base.config.get_text_config()
+    scale = _scale(config)
     if scale != 1.0:
         logits = logits * scale
-    cap = getattr(base.config, "final_logit_softcapping", None)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -39,7 +39,7 @@ class PeftSize(NamedTuple):
 def peft_size(shape: ModelShape, method: PeftMethod) -> PeftSize | None:
     """Counts what PEFT puts on a base; None where its code needs weights with values."""
     with torch.device("meta"):
-        base = shape.build("sdpa", torch.float32)
+        base = shape.build("eager", torch.float32)
         base.requires_grad_(False)
         before = _count(itertools.chain(base.parameters(), base.buffers()))
         try:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.cache_utils import get_layer_types_and_kwargs
+
+from graft.engine.kv_cache import layer_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +100,7 @@ def takes_any_mask(base: PreTrainedModel) -> bool:
     settings = inspect.signature(base.get_decoder().forward).parameters
     return (
         config._attn_implementation in ("sdpa", "eager")
-        and set(get_layer_types_and_kwargs(config)[0]) == {"full_attention"}
+        and layer_kinds(config) == {"full_attention"}
         and {"position_ids", "attention_mask"} <= settings.keys()
         and not getattr(config, "alibi", False)
         and not getattr(base, "_is_stateful", False)

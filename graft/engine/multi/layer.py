@@ -145,8 +145,19 @@ class RoutedLinear(SlotTensors):
         self._site_index = site_index
         self._active = active
 
-    def forward(self, x_NTI: torch.Tensor) -> torch.Tensor:
-        """Returns the layer's output with every row's own delta, `[rows, tokens, out_features]`."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's output with every row's own delta.
+
+        Args:
+            x: `[rows, tokens, in_features]`; some bases have `[rows * tokens, in_features]` here,
+                and some `[rows, 1, tokens, in_features]`.
+        """
+        if x.ndim == 3 or not self._active.slots:
+            return self._routed(x)
+        out_NTO = self._routed(x.reshape(self._active.num_rows, -1, x.shape[-1]))
+        return out_NTO.reshape(*x.shape[:-1], -1)
+
+    def _routed(self, x_NTI: torch.Tensor) -> torch.Tensor:
         groups = [(group, self._stacked(group, x_NTI.dtype)) for group in self._groups()]
         for group, stacked in groups:
             if group.method.scales_input:

@@ -5,6 +5,7 @@ Shapes: S slots, P virtual tokens (the most of the slots), E hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -174,10 +175,17 @@ class PromptSlots:
 
     def _require_cache(self, method: VirtualMethod) -> None:
         require_full_attention(
-            self._base.config,
+            self._base,
             f"virtual tokens (method {method.type}) need a KV cache with full attention in every "
             "layer: choose such a base, or method lora",
         )
+        settings = inspect.signature(self._base.get_decoder().forward).parameters
+        if "position_ids" not in settings or getattr(self._base.config, "alibi", False):
+            raise ModelError(
+                f"model type {self._base.config.model_type!r} tells tokens apart by their columns, "
+                f"and virtual tokens (method {method.type}) stand in columns of their own: choose "
+                "another base, or method lora"
+            )
 
     def add(
         self,
