@@ -204,10 +204,14 @@ class _LineTask(Task):
         self._done = 0.0
         self._fields: dict[str, float | str] = {}
         self._began = self._last = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        """When this process told for the first time, and what was done by then: some of it may be
+        an earlier one's."""
         self._is_open = True
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
         self._done += amount
+        self._first = self._first or (time.monotonic(), self._done)
         self._fields.update(fields)
         now = time.monotonic()
         if now - self._last >= self._interval_s:
@@ -220,9 +224,10 @@ class _LineTask(Task):
             self._write(left_s=None)
 
     def _left_s(self, now: float) -> float | None:
-        if not self._total or not self._done:
+        began, before = self._first or (now, self._done)
+        if not self._total or self._done <= before:
             return None
-        return max(self._total - self._done, 0.0) * (now - self._began) / self._done
+        return max(self._total - self._done, 0.0) * (now - began) / (self._done - before)
 
     def _write(self, *, left_s: float | None) -> None:
         done = format_done(self._done, self._total, self._unit)

@@ -49,5 +49,5 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Reads all whole events of a journal; an absent file is an empty journal."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    with path.open("rb") as file:  # a torn line may end within a character
+        return [json.loads(line) for line in file if line.endswith(b"\n")]

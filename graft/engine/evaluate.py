@@ -45,6 +45,8 @@ class EvalReport(StrictModel):
     """By name, `eval/loss`; of a mixture's sources too, `eval/wiki/loss`."""
     scores: dict[str, Listed[float]]
     """Each row's own contribution, in the order of the held-out rows: pairs two reports."""
+    num_tokens: Listed[int] = ()
+    """Supervised tokens of each held-out row, by which its loss weighs; empty without a loss."""
     answers: Listed[str] = ()
     """Greedy answers in the order of the held-out prompts; empty where no metric needed them."""
     confidence: float
@@ -128,6 +130,7 @@ def evaluate(
         slot=slot,
         metrics=values,
         scores=scores,
+        num_tokens=tuple(row.num_tokens or 0 for row in outcomes.get("loss", [])),
         answers=tuple(row.answer or "" for row in outcomes.get("generation", [])),
         confidence=confidence,
         observed=observed,

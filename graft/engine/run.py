@@ -274,17 +274,21 @@ class _Keeper:
     def keep(self, report: Report) -> Report:
         """Adds what the slot costs, keeps the report with its checkpoint, and returns it.
 
-        Nothing is kept of a run whose checkpoints somebody has removed: it is about to be ended for
-        good, and nobody goes on from it.
+        Raises:
+            TrainingError: Its checkpoints were removed; a search does, of what it stops for good.
         """
         state, searched = self._trainer.state(SLOT), self._run.recipe.search.objectives[0]
         report = report | costs_of(self._run, SLOT, state.tensors, report, self._folder)
-        if self._is_writer and self._is_wanted:
+        if self._is_writer:
+            if not self._is_wanted:
+                told = f"{self._folder / CHECKPOINTS} was removed while the run trained"
+                raise TrainingError(f"{told}, so it ends; the same command begins anew")
             save_progress(self._folder, state, report, self._facts, searched)
             self._has_kept = True
         return report
 
     def keep_between_reports(self, report: Report, window: list[StepReport]) -> None:
+        """Keeps where the run is, unless its checkpoints were removed: nobody goes on from it."""
         state = self._trainer.state(SLOT)
         if self._is_writer and self._is_wanted:
             save_between_reports(self._folder, state, report, window, self._facts)

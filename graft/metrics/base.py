@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from graft.core.model import Variant
 from graft.core.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class RowOutcome(NamedTuple):
@@ -41,6 +44,16 @@ class Metric(Variant):
     @abstractmethod
     def score(self, rows: list[RowOutcome]) -> tuple[float, list[float]]:
         """Returns the metric over all rows, and each row's own share (for intervals)."""
+
+    def pooled(self, scores_RN: np.ndarray, num_tokens_RN: np.ndarray) -> np.ndarray:
+        """Returns the metric over N rows from their own shares, R times.
+
+        Args:
+            scores_RN: As `score` gives them.
+            num_tokens_RN: Supervised tokens of each, where it is of a loss.
+        """
+        pooled_R: np.ndarray = scores_RN.mean(axis=-1)
+        return pooled_R
 
     def refusal(self, reference: str) -> str | None:
         """Says why no answer to a row can be scored; by default every row's can.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graft.core.errors import DataError
 from graft.metrics.base import METRICS, Metric, RowOutcome
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @METRICS.register
@@ -29,6 +32,10 @@ class LossMetric(Metric):
         total, num_tokens = loss_totals(rows)
         return total / num_tokens, [row_mean(row) for row in rows]
 
+    def pooled(self, scores_RN: np.ndarray, num_tokens_RN: np.ndarray) -> np.ndarray:
+        """Weighs each row's mean by its tokens."""
+        return token_mean(scores_RN, num_tokens_RN)
+
 
 def loss_totals(rows: list[RowOutcome]) -> tuple[float, int]:
     """Sums loss and supervised tokens of all rows.
@@ -40,6 +47,12 @@ def loss_totals(rows: list[RowOutcome]) -> tuple[float, int]:
     if num_tokens == 0:
         raise DataError("no supervised token in the held-out rows, so there is no loss to average")
     return sum(row.loss_sum or 0.0 for row in rows), num_tokens
+
+
+def token_mean(losses_RN: np.ndarray, num_tokens_RN: np.ndarray) -> np.ndarray:
+    """Loss a token over N rows, R times."""
+    mean_R: np.ndarray = (losses_RN * num_tokens_RN).sum(axis=-1) / num_tokens_RN.sum(axis=-1)
+    return mean_R
 
 
 def row_mean(row: RowOutcome) -> float:

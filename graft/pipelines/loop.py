@@ -232,7 +232,7 @@ class _Renewal:
     def _gate(self, plan: RenewalPlan, successor: str, run: LoadedRun) -> GateReport:
         """Judges the artifacts as they are stored, every byte of them checked."""
         from graft.compressors.folder import load_adapter
-        from graft.data import prepare_data
+        from graft.data.prepare import prepare_examples, read_examples
         from graft.engine.evaluate import EvalReport
         from graft.engine.publish import require_base
         from graft.engine.run import evaluate_run
@@ -246,8 +246,13 @@ class _Renewal:
         for adapter in stored:
             require_base(adapter, run.ready)
         data = require_single(run.recipe.data, "a renewal")
-        new_section = data.model_copy(update={"eval": loop.feedback_eval})
-        new_rows = prepare_data(new_section, run.recipe.objective, run.template)
+        # Beside the new rows that are learned, as `check` has proved them; old ones may be alike.
+        new_section = data.model_copy(
+            update={"train": loop.feedback, "limit": None, "eval": loop.feedback_eval}
+        )
+        new_rows = prepare_examples(
+            read_examples(new_section), new_section, run.recipe.objective, run.template
+        )
 
         def measured(slot: str, rows: Any) -> EvalReport:
             return evaluate_run(run, slot, metrics=[metric], prepared=rows, progress=self._progress)

@@ -86,6 +86,8 @@ def find_target(
     from graft.pipelines.plan_time import cpu_speed, gpu_speed
 
     if gpu is None and cluster is None:
+        if host_memory is not None:
+            raise ConfigError("--host-memory is beside named GPUs: give --gpu or --cluster")
         if recipe.model.device != "cpu" and (size := gpu_memory_bytes()):
             limits = Limits("cuda", size, host_memory_bytes())
             return Target("the GPU of this machine", limits, 1, None)

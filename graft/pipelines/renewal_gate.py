@@ -57,15 +57,21 @@ def compare(
     """Pairs two reports on the same rows."""
     name = f"eval/{metric.type}"
     sign = 1.0 if metric.mode == "max" else -1.0
-    gains = sign * (np.array(successor.scores[name]) - np.array(champion.scores[name]))
-    rng = np.random.default_rng(derive_seed("gate", name, len(gains)))
-    resampled = gains[rng.integers(0, len(gains), (NUM_RESAMPLES, len(gains)))].mean(axis=1)
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    scores_N = [np.array(report.scores[name]) for report in (champion, successor)]
+    num_rows = len(scores_N[0])
+    is_loss = metric.needs == "loss" and champion.num_tokens
+    num_tokens_N = np.array(champion.num_tokens if is_loss else [1] * num_rows)
+    rng = np.random.default_rng(derive_seed("gate", name, num_rows))
+    drawn_RN = rng.integers(0, num_rows, (NUM_RESAMPLES, num_rows))
+    weights_RN = num_tokens_N[drawn_RN]
+    before_R, after_R = (metric.pooled(scores[drawn_RN], weights_RN) for scores in scores_N)
+    gains_R = sign * (after_R - before_R)
+    low, high = np.quantile(gains_R, [(1 - confidence) / 2, (1 + confidence) / 2])
     before, after = champion.metrics[name], successor.metrics[name]
     return Comparison(
         metric=name,
         source=source,
-        num_rows=len(gains),
+        num_rows=num_rows,
         champion=before,
         successor=after,
         gain=sign * (after.value - before.value),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graft.artifacts import Store
 from graft.artifacts.names import require_name
 from graft.artifacts.record import AdapterRecord, MetricValue, tool_versions
-from graft.core.errors import ConfigError, GraftError
+from graft.core.errors import AdapterError, ConfigError, GraftError
 from graft.core.events import read_events
 from graft.core.files import require_writable, write_atomic
 from graft.core.model import StrictModel
@@ -140,7 +140,9 @@ def gather(
         ObjectiveFacts(metric=o.metric, mode=o.mode, unit=unit_of(o.metric))
         for o in sections.search.objectives
     )
-    trials = tuple(_trial(trial, study, objectives[0].metric) for trial in study.trials)
+    # One that goes on under another number is that one.
+    own = [trial for trial in study.trials if trial.continued_by is None]
+    trials = tuple(_trial(trial, study, objectives[0].metric) for trial in own)
     winner = study.winner
     return StudyReport(
         name=name,
@@ -157,7 +159,7 @@ def gather(
         recipe=to_yaml(space.content()),
         chosen_recipe=_chosen(space, study),
         data=_data(space, home, progress),
-        forms=_forms(name, home),
+        forms=_forms(name, home, progress),
         drift=tuple(
             DriftPoint.model_validate(entry.model_dump()) for entry in loop_timeline(home, name)
         ),
@@ -231,19 +233,25 @@ def _data(space: RecipeSpace, home: Path, progress: Progress) -> tuple[SplitFact
     )
 
 
-def _forms(name: str, home: Path) -> tuple[FormFacts, ...]:
-    """Every published adapter of the recipe's name, oldest first."""
+def _forms(name: str, home: Path, progress: Progress) -> tuple[FormFacts, ...]:
+    """Every published adapter of the recipe's name, and every version of it, oldest first."""
     store = Store(home)
-    pointers = _aliases(store)
-    records = [(digest, store.open(digest).record) for digest in store.digests()]
-    mine = sorted(
-        ((digest, record) for digest, record in records if record.name == name),
-        key=lambda item: (item[1].created_at, len(item[1].parents)),
-    )
+    pointers, versions = _pointers(store, name, progress)
+    mine = []
+    for digest in store.digests():
+        try:
+            record = store.open(digest).record
+        except AdapterError as error:  # it may be of another name: the others are told
+            progress.note(f"the report goes without adapter {digest[:12]}: {error}")
+            continue
+        if record.name == name or digest in versions:
+            mine.append((digest, record))
+    mine.sort(key=lambda item: (item[1].created_at, len(item[1].parents)))
     return tuple(
         FormFacts(
             digest=digest,
             form=_form(record),
+            parent=next((p.digest for p in record.parents if p.relation == "compressed"), None),
             num_bytes=record.serving.num_bytes,
             created_at=record.created_at,
             metrics=record.metrics,
@@ -261,14 +269,23 @@ def _form(record: AdapterRecord) -> str:
     return relation
 
 
-def _aliases(store: Store) -> dict[str, list[str]]:
-    """Digest → `name@alias` of every alias that points at it."""
+def _pointers(
+    store: Store, own: str, progress: Progress
+) -> tuple[dict[str, list[str]], frozenset[str]]:
+    """Digest → `name@alias` of every alias that points at it; and all versions of one name."""
     found: dict[str, list[str]] = {}
+    versions: frozenset[str] = frozenset()
     for name in store.names.names():
-        state = store.names.state(name)
+        try:
+            state = store.names.state(name)
+        except AdapterError as error:
+            progress.note(f"the report goes without the aliases of {name!r}: {error}")
+            continue
+        if name == own:
+            versions = frozenset(version.digest for version in state.versions)
         for alias, version in state.aliases.items():
             found.setdefault(state.digest(version), []).append(f"{name}@{alias}")
-    return found
+    return found, versions
 
 
 def read_report(path: Path) -> StudyReport:

@@ -10,6 +10,7 @@ from graft.core.progress import QUIET, Progress
 from graft.pipelines.check import CheckReport
 from graft.pipelines.compress import CompressResult
 from graft.pipelines.tune import TuneResult
+from graft.recipe.seeds import on_seed
 
 if TYPE_CHECKING:
     from graft.recipe.sections import Recipe
@@ -26,7 +27,8 @@ class RunResult(StrictModel):
     """The served name; its champion is the adapter below."""
     version: int
     digest: str
-    """Of the champion: the compressed adapter, or the trained one where nothing is compressed."""
+    """Of the champion: the compressed adapter, or the trained one where nothing is compressed; or
+    what has been promoted since, or rolled back to."""
     full: str | None
     """Name of the adapter as it was trained, where the champion is its compressed form."""
     check: CheckReport
@@ -63,6 +65,8 @@ def run(
     checked = check(space, home=home, progress=progress)
     tuned = tune(space, home=home, progress=progress, address=address)
     recipe = space.fix(tuned.best.params)
+    if tuned.finals is not None and tuned.finals.published_seed is not None:
+        recipe = on_seed(recipe, tuned.finals.published_seed)
     small = _compress(tuned.artifact, recipe, home=home, progress=progress)
     name, full = publish_forms(recipe.name, tuned.artifact, small, home=home)
     page = report(recipe.name, home=home, progress=progress)

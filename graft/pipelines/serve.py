@@ -185,6 +185,7 @@ def stop_serving(name: str, *, home: Path) -> None:
 
 def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> ServeReport:
     import ray
+    from ray import serve as ray_serve
 
     if not ray.is_initialized():
         raise ConfigError("serving needs a Ray session; call it inside `with ray_session():`")
@@ -194,11 +195,13 @@ def _start(plan: ServePlan, tenants: tuple[Tenant, ...], progress: Progress) -> 
         _start_proxy(plan.settings.host, port)
         task.advance()
         url = _url(plan.settings.host, port)
+        is_served = plan.name in ray_serve.status().applications
         try:
             _run(plan, tenants)
             _wait_until_healthy(url)
         except BaseException:  # an interrupt, too: what was started would stay on the cluster
-            stop_serving(plan.name, home=plan.home)
+            if not is_served:  # else by another process, which goes on
+                stop_serving(plan.name, home=plan.home)
             raise
         task.advance()
     store = Store(plan.home)
@@ -333,8 +336,8 @@ def _free_port(settings: ServeSection) -> int:
 
 
 def _url(host: str, port: int) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    return f"http://{reachable}:{port}"
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def _wait_until_healthy(url: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, GraftError
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
 from graft.runtime.requests import StudyAnswer, StudyRequest
@@ -81,7 +81,7 @@ def list_studies(*, home: Path) -> StudyList:
         name = path.parent.name
         try:
             lines.append(_line(show_study(name, home=home)))
-        except ConfigError as error:
+        except GraftError as error:
             lines.append(StudyLine(name=name, problem=str(error)))
     return StudyList(studies=tuple(lines))
 

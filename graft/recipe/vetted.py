@@ -33,7 +33,9 @@ def add_vetted_space(parsed: dict[str, Any]) -> None:
             for label, option in found.options.items()
         }
         parsed[section] = Hole(found.space, options, found.index)
-        elsewhere |= {key for o in options.values() for key in o if isinstance(key, Elsewhere)}
+        for option in options.values():
+            if isinstance(option, dict):
+                elsewhere |= {key for key in option if isinstance(key, Elsewhere)}
 
 
 def _with_vetted_space(

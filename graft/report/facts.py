@@ -67,6 +67,8 @@ class FormFacts(StrictModel):
     digest: str
     form: str
     """`trained`, or what made it: `svd+int8`, `merged`, a successor."""
+    parent: str | None = None
+    """Digest of the form that it was compressed from."""
     num_bytes: int
     created_at: str
     metrics: dict[str, MetricValue] = {}

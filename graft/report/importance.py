@@ -88,11 +88,8 @@ def _groups(values: Sequence[Any]) -> list[int]:
     if not is_number or len(known) <= _BINS:
         return [known.index(value) for value in values]
     num_bins = _BINS if len(values) >= 3 * _BINS else 2
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    groups = [0] * len(values)
-    for position, index in enumerate(order):
-        groups[index] = position * num_bins // len(values)
-    return groups
+    # Equal values share a rank, and so a group.
+    return [int((rank - 0.5) * num_bins // len(values)) for rank in _ranks(values)]
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import NamedTuple
 
-from graft.report.facts import StudyReport
+from graft.report.facts import FormFacts, StudyReport
 from graft.report.figures import (
     curves_drawn,
     curves_key,
@@ -105,19 +105,23 @@ def _tiles(report: StudyReport) -> str:
         best = next(t for t in report.trials if t.number == report.winner)
         words = ", ".join(f"{short_name(k)} {setting(v)}" for k, v in best.params.items())
         tiles.append(("chosen", f"trial {best.number}", words))
-    trained = next((f for f in report.forms if f.form == "trained"), None)
-    if trained is not None:
-        let_through = [f for f in report.forms if all(p.passed for p in f.parity)]
-        smallest = min(let_through, key=lambda f: f.num_bytes)
-        note = "as trained"
-        if smallest.num_bytes < trained.num_bytes:
-            ratio = trained.num_bytes / smallest.num_bytes
-            note = f"{smallest.form}, 1/{ratio:.1f} of what was trained"
-        tiles.append(("adapter", bytes_words(smallest.num_bytes), note))
+    if (served := _served(report)) is not None:
+        whole = next((f for f in report.forms if f.digest == served.parent), served)
+        note = "as trained" if served.form == "trained" else served.form
+        if served.num_bytes < whole.num_bytes:
+            note += f", 1/{whole.num_bytes / served.num_bytes:.1f} of what was trained"
+        tiles.append(("adapter", bytes_words(served.num_bytes), note))
     seconds = sum(trial.seconds for trial in report.trials)
     if seconds:
         tiles.append(("training time", duration_words(seconds), "summed over trials"))
     return tile_row(tiles)
+
+
+def _served(report: StudyReport) -> FormFacts | None:
+    """The champion, or else the newest form that its parity let through."""
+    let_through = [f for f in report.forms if all(parity.passed for parity in f.parity)]
+    champions = [f for f in report.forms if f"{report.name}@champion" in f.aliases]
+    return next(reversed(champions or let_through), None)
 
 
 def tile_row(tiles: Sequence[tuple[str, str, str]]) -> str:

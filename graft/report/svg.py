@@ -107,7 +107,7 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 1e6 or size < 1e-3:
         return f"{value:.2g}"
-    if size >= 1000:
+    if size >= 999.5:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 

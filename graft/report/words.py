@@ -27,7 +27,7 @@ def bytes_words(num: int) -> str:
     """`1.3 MB`, decimal units."""
     size = float(num)
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
+        if size < 999.5:  # else three digits of it are 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"

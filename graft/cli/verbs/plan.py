@@ -60,7 +60,12 @@ Model = Annotated[
     typer.Option("--model", help="With --advise: a hub id or a folder.", show_default=False),
 ]
 MethodType = Annotated[
-    str, typer.Option("--method", help="With --advise: the method to find a combination for.")
+    str | None,
+    typer.Option(
+        "--method",
+        help="With --advise: the method to find a combination for; lora where none is named.",
+        show_default=False,
+    ),
 ]
 
 
@@ -170,7 +175,7 @@ def command(
     host_memory: HostMemory = None,
     advises: Advises = False,
     model: Model = None,
-    method: MethodType = "lora",
+    method: MethodType = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> Plan | Advice:
@@ -184,13 +189,24 @@ def command(
             raise ConfigError(
                 "--advise answers with a recipe, so it takes none; give --model and --gpu"
             )
+        if overrides or price is not None:
+            raise ConfigError("--set and --price are of a RECIPE's plan; --advise takes none")
         from graft.pipelines.advise import advise
 
         return advise(
-            model, home=folder, gpu=gpu, cluster=cluster, method=method, host_memory=host_memory
+            model,
+            home=folder,
+            gpu=gpu,
+            cluster=cluster,
+            method=method or "lora",
+            host_memory=host_memory,
         )
     if recipe is None:
         raise ConfigError("give a RECIPE to plan, or --advise with --model and --gpu")
+    if model is not None or method is not None:
+        raise ConfigError(
+            "--model and --method are of --advise; a RECIPE has its own: use --set method.type=..."
+        )
     from graft.pipelines.plan import plan
     from graft.recipe import load_recipe
 

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 def show(record: RunResult, console: Console) -> None:
     """Prints what was found, what it became and where to look."""
+    made = record.tune.artifact if record.compress is None else record.compress.digest
     console.print(f"{record.name} version {record.version} is champion: {record.digest[:12]}")
+    if made != record.digest:
+        console.print(
+            f"  it was promoted since; what follows is of {made[:12]}, which `graft adapters "
+            f"promote {record.name} N` makes the champion again"
+        )
     metrics = record.tune.metrics if record.compress is None else record.compress.metrics
     for name, metric in metrics.items():
         interval = "" if metric.low is None else f"  [{metric.low:.4g}, {metric.high:.4g}]"

@@ -12,6 +12,8 @@ def test_a_line_that_a_full_disk_cut_is_dropped_by_the_same_writer(tmp_path: Pat
     log.append("first", text="a\u2028b")
     with log.path.open("a") as file:
         file.write('{"event": "torn')
+    with log.path.open("ab") as file:
+        file.write("é".encode()[:1])
     assert [event["event"] for event in log] == ["first"]
     log.append("second")
     assert [event["event"] for event in read_events(log.path)] == ["first", "second"]

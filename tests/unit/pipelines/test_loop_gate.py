@@ -8,7 +8,7 @@ from scipy import stats
 
 from graft.artifacts import MetricValue
 from graft.engine.evaluate import EvalReport
-from graft.metrics.base import METRICS
+from graft.metrics.base import METRICS, RowOutcome
 from graft.pipelines.renewal_gate import Comparison, compare, judge
 from graft.recipe.operation import GateSection
 
@@ -70,6 +70,36 @@ def test_the_interval_is_the_paired_bootstrap_of_scipy() -> None:
     assert found.high == pytest.approx(expected.high, abs=0.004)
     # Paired: far narrower than two samples of this spread would allow.
     assert found.high - found.low < 0.06
+
+
+@pytest.mark.parametrize("name", ["loss", "perplexity"])
+def test_the_interval_is_of_the_gain_that_is_told_whatever_the_rows_weigh(name: str) -> None:
+    """A long row weighs more than a short one, in the figures as in their interval."""
+    metric, rng = METRICS.build(name), np.random.default_rng(0)
+    tokens = rng.integers(1, 200, 60)
+    before = rng.normal(2.0, 0.1, 60) + tokens / 100
+    after = before - tokens / 100
+
+    def measured(losses: np.ndarray) -> EvalReport:
+        rows = [
+            RowOutcome("", None, loss_sum=float(loss * n), num_tokens=int(n))
+            for loss, n in zip(losses, tokens, strict=True)
+        ]
+        value, scores = metric.score(rows)
+        return EvalReport(
+            slot="a",
+            metrics={f"eval/{name}": MetricValue(value=value, rows=60)},
+            scores={f"eval/{name}": tuple(scores)},
+            num_tokens=tuple(tokens.tolist()),
+            confidence=0.9,
+        )
+
+    found = compare(metric, "rows", measured(before), measured(after), 0.9)
+    assert found.low < found.gain < found.high
+    unweighted = float(np.mean(tokens / 100))
+    if name == "loss":
+        assert found.gain == pytest.approx(float((tokens * tokens / 100).sum() / tokens.sum()))
+        assert found.low > unweighted
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,12 @@ def test_space_auto_opens_nothing_twice(load: Load) -> None:
         assert rates == {"method[lora]/train.lr", "method[ia3]/train.lr"}
 
 
+@pytest.mark.parametrize("choice", ["[lora, 3]", "[lora, null]", "[lora, true]"])
+def test_space_auto_of_what_is_no_method_is_refused_in_words(load: Load, choice: str) -> None:
+    with pytest.raises(ConfigError):
+        load(f"search: {{space: auto}}\nmethod: {{choice: {choice}}}\n")
+
+
 def test_space_auto_keeps_each_branch_of_a_choice_apart(load: Load) -> None:
     space = load(
         "search: {space: auto}\n"

@@ -166,6 +166,7 @@ def forms() -> tuple[FormFacts, ...]:
         FormFacts(
             digest="b" * 64,
             form="svd+int8",
+            parent="a" * 64,
             num_bytes=1_300_000,
             parity=(parity,),
             metrics={METRIC: metric.model_copy(update={"value": 0.95})},
