@@ -125,14 +125,24 @@ def _await_rest(running: Iterable[Future[Any]]) -> None:
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
+    taken: set[int] = set()
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
-        if parameter.grad is None:
+        if parameter.grad is not None:
+            parameter.grad.add_(gradient)
+        elif _is_its_own(gradient, parameter) and gradient.data_ptr() not in taken:
+            taken.add(gradient.data_ptr())
+            parameter.grad = gradient
+        else:
             # A copy in the parameter's own layout, which fused optimizers count on.
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        else:
-            parameter.grad.add_(gradient)
+
+
+def _is_its_own(gradient: torch.Tensor, parameter: nn.Parameter) -> bool:
+    """Tells whether it is all of its memory, as the parameter lies: it may be kept and added to."""
+    is_alike = gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride()
+    return is_alike and gradient.untyped_storage().nbytes() == gradient.nbytes
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class LoraFamily(LayerMethod):
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        pairs = [_pair(tensors) for tensors in slots]
+        pairs = [pair_of(tensors) for tensors in slots]
         a_SRI = pad_sequence([a_RI for a_RI, _ in pairs], batch_first=True)
         b_SRO = pad_sequence([b_OR.T for _, b_OR in pairs], batch_first=True)
         scale_S = torch.tensor([m.scale for m in methods if isinstance(m, LoraFamily)])
@@ -176,7 +176,7 @@ class LoraFamily(LayerMethod):
         """Returns `scale * B A` of one site, less a kept first pair; at least fp32."""
         import torch
 
-        a_RI, b_OR = _pair(
+        a_RI, b_OR = pair_of(
             {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in tensors.items()}
         )
         return self.scale * (b_OR @ a_RI)
@@ -191,7 +191,7 @@ class LoraFamily(LayerMethod):
         method = type(self).model_validate({**self.model_dump(), **settings})
         found: AdapterTensors = {}
         for site, of_site in tensors.items():
-            a_RI, b_OR = _pair(of_site)
+            a_RI, b_OR = pair_of(of_site)
             kept = {key: value for key, value in of_site.items() if key not in self.frozen}
             found[site] = {**kept, "lora_A": a_RI, "lora_B": b_OR}
         return method, found
@@ -252,7 +252,7 @@ class LoraFamily(LayerMethod):
         return read_lora_files(cls, config, state)
 
 
-def _pair(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_of(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns A and B; less the first pair, where it is kept, they have twice the rank.
 
     `B A - B0 A0` is written as `(B - B0) A + B0 (A - A0)`: exactly nothing at the start, and small

@@ -6,6 +6,7 @@ Shapes: S slots, N rows, T tokens, I in_features, O out_features, R rank (the la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,16 +14,76 @@ from graft.methods._dropout import keep_scale
 from graft.methods.routing import GroupRouting
 
 
+class _Pile(torch.autograd.Function):
+    """One copy a matrix there, and one back.
+
+    Padding, scaling, casting and stacking, each an operation of its own that autograd repeats,
+    took a fifth of a step of many small slots (SmolLM2-135M, 8 slots of 64 tokens, 2 CPU cores).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, scales: Sequence[float] | None, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.scales, ctx.likes = scales, [(part.shape, part.dtype) for part in parts]
+        views = parts if scales is None else [part.T for part in parts]
+        ranks = [view.shape[0] for view in views]
+        make = views[0].new_empty if len(set(ranks)) == 1 else views[0].new_zeros
+        pile_SRW = make((len(views), max(ranks), views[0].shape[1]), dtype=dtype)
+        for at, (view, rank) in enumerate(zip(views, ranks, strict=True)):
+            if scales is None:
+                pile_SRW[at, :rank].copy_(view)
+            else:
+                torch.mul(view, scales[at], out=pile_SRW[at, :rank])
+        return pile_SRW
+
+    @staticmethod
+    def backward(ctx: Any, gradient_SRW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found: list[torch.Tensor | None] = []
+        for at, (shape, dtype) in enumerate(ctx.likes):
+            if not ctx.needs_input_grad[2 + at]:
+                found.append(None)
+                continue
+            gradient = gradient_SRW.new_empty(shape, dtype=dtype)
+            if ctx.scales is None:
+                gradient.copy_(gradient_SRW[at, : shape[0]])
+            else:
+                gradient.copy_(gradient_SRW[at, : shape[1]].T).mul_(ctx.scales[at])
+            found.append(gradient)
+        return None, None, *found
+
+
+def factors(
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Returns what `low_rank_product` takes, of slots whose ranks may differ.
+
+    Args:
+        a: Of each slot, `[r, I]`.
+        b: `[O, r]`.
+        scales: Folded into B.
+        dtype: The base's.
+    """
+    dtype = _factor_dtype(a[0].device, dtype)
+    pile: Any = _Pile.apply
+    return {"a_SIR": pile(dtype, None, *a).transpose(1, 2), "b_SRO": pile(dtype, scales, *b)}
+
+
+def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The base's, but fp32 where a CPU answers in bf16, for its few tokens a step."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return torch.float32
+    return dtype
+
+
 def stacked_factors(
     a_SRI: torch.Tensor, b_SRO: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Returns what `low_rank_product` takes of a stack: A transposed, and B.
-
-    They are in the base's dtype; in fp32 where a CPU answers in bf16, for its few tokens a step.
-    """
-    is_on_cpu = a_SRI.device.type == "cpu"
-    if is_on_cpu and dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        dtype = torch.float32
+    """Returns what `low_rank_product` takes of stacks that are padded and scaled already."""
+    dtype = _factor_dtype(a_SRI.device, dtype)
     return {"a_SIR": a_SRI.to(dtype).transpose(1, 2), "b_SRO": b_SRO.to(dtype)}
 
 

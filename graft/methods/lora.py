@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from graft.methods._lora_family import LoraFamily
+from graft.methods._lora_family import LoraFamily, pair_of
 from graft.methods.base import METHODS, Method
 from graft.methods.layerwise import FrozenLayer
 
@@ -42,10 +42,10 @@ class LoraMethod(LoraFamily):
         layer: FrozenLayer,
     ) -> dict[str, torch.Tensor]:
         """A and B transposed, padded with zeros to the largest rank; the scale is folded into B."""
-        from graft.methods._low_rank import stacked_factors
+        from graft.methods._low_rank import factors
 
-        a_SRI, b_SRO = cls.padded(slots, methods)
-        return stacked_factors(a_SRI, b_SRO, dtype)
+        a, b = zip(*map(pair_of, slots), strict=True)
+        return factors(a, b, [m.scale for m in methods if isinstance(m, LoraFamily)], dtype)
 
     @classmethod
     def delta(

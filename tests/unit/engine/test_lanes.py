@@ -113,3 +113,17 @@ def test_rows_are_read_in_lanes_as_in_one_pass(threads: Any) -> None:
         assert told.keys() == seen[0].keys()
         for name, figures in told.items():
             torch.testing.assert_close(figures, seen[0][name])
+
+
+def test_parameters_that_autograd_gives_one_gradient_do_not_share_it(threads: Any) -> None:
+    threads(2)
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    factor = torch.tensor([1.0, 2.0, 3.0])
+
+    def loss() -> tuple[torch.Tensor, None]:
+        return ((first + second) * factor).sum(), None
+
+    list(run_in_lanes([loss, loss, loss], [first, second], lanes=2, longest=1))
+    for parameter in (first, second):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 3 * factor)

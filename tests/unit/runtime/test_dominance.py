@@ -38,7 +38,7 @@ def decide(scheduler: StudyScheduler, trial: Any, said: dict[str, Any]) -> str:
 
 
 def decisions(folder: Path, objectives: list[SearchObjective], *said: dict[str, Any]) -> list[str]:
-    scheduler = StudyScheduler(ASHA, objectives, 40, [])
+    scheduler = StudyScheduler(ASHA, objectives, 40, {})
     return [decide(scheduler, trial(folder, n), each) for n, each in enumerate(said)]
 
 
@@ -106,7 +106,7 @@ def test_a_cost_of_the_end_has_no_say_at_a_rung(tmp_path: Path) -> None:
 def test_rungs_come_back_from_the_reports_of_an_earlier_driver(tmp_path: Path) -> None:
     for number, (loss, size) in enumerate([(0.5, 100), (0.9, 50), (0.4, 400)]):
         EventLog(tmp_path / str(number) / REPORTS_FILE).append("report", **report(10, loss, size))
-    ended = [tmp_path / str(number) for number in range(3)]
+    ended = {tmp_path / str(n): tmp_path / str(n) for n in range(3)}
     again = StudyScheduler(ASHA, [LOSS, BYTES], 40, ended)
     assert decide(again, trial(tmp_path, 3), report(10, 0.95, 50)) == "STOP"
     assert decide(again, trial(tmp_path, 4), report(10, 0.6, 60)) == "CONTINUE"
@@ -114,7 +114,7 @@ def test_rungs_come_back_from_the_reports_of_an_earlier_driver(tmp_path: Path) -
 
 def test_a_resumed_trial_keeps_the_rung_that_it_passed(tmp_path: Path) -> None:
     EventLog(tmp_path / "5" / REPORTS_FILE).append("report", **report(10, 0.9, 100))
-    scheduler = StudyScheduler(ASHA, [LOSS, BYTES], 80, [])
+    scheduler = StudyScheduler(ASHA, [LOSS, BYTES], 80, {})
     resumed = trial(tmp_path, 5)
     scheduler.on_trial_add(None, resumed)
     for number, loss in enumerate((0.1, 0.15)):
