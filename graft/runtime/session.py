@@ -19,6 +19,7 @@ _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # by default 3 x 5 s, which a busy machine needs
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default polls reports every 2 s
+    "RAY_worker_niceness": "0",  # at Ray's 15, a lane that holds Python's lock waits for the driver
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # events.jsonl is our own record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the command, not one of its searches
     "TUNE_FORCE_TRIAL_CLEANUP_S": "120",  # a step and a checkpoint, or a run that hangs
