@@ -42,7 +42,9 @@ def require_full_attention(base: PreTrainedModel, reason: str) -> None:
     """
     kinds = layer_kinds(base.config) - {"full_attention"}
     takes_cache = "past_key_values" in inspect.signature(base.get_decoder().forward).parameters
-    if getattr(base, "_is_stateful", False) or not takes_cache:
+    # Of a class that may mix kinds of layers, the configuration says which are there.
+    names_layers = getattr(base.config.get_text_config(), "layer_types", None) is not None
+    if (getattr(base, "_is_stateful", False) and not names_layers) or not takes_cache:
         kinds.add("recurrent")
     if kinds:
         named = ", ".join(sorted(kinds))

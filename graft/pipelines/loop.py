@@ -232,7 +232,8 @@ class _Renewal:
     def _gate(self, plan: RenewalPlan, successor: str, run: LoadedRun) -> GateReport:
         """Judges the artifacts as they are stored, every byte of them checked."""
         from graft.compressors.folder import load_adapter
-        from graft.data.prepare import prepare_examples, read_examples
+        from graft.data import load_examples
+        from graft.data.prepare import Examples, prepare_examples
         from graft.engine.evaluate import EvalReport
         from graft.engine.publish import require_base
         from graft.engine.run import evaluate_run
@@ -246,12 +247,14 @@ class _Renewal:
         for adapter in stored:
             require_base(adapter, run.ready)
         data = require_single(run.recipe.data, "a renewal")
-        # Beside the new rows that are learned, as `check` has proved them; old ones may be alike.
-        new_section = data.model_copy(
-            update={"train": loop.feedback, "limit": None, "eval": loop.feedback_eval}
+        # Beside the rows that the successor learned from: others of the old ones may be alike.
+        new_section = data.model_copy(update={"train": plan.data.train, "eval": loop.feedback_eval})
+        learned = load_examples(plan.data.train, "auto")
+        judged = load_examples(
+            str(loop.feedback_eval), data.format, system=data.system, limit=data.eval_limit
         )
         new_rows = prepare_examples(
-            read_examples(new_section), new_section, run.recipe.objective, run.template
+            Examples(learned, judged), new_section, run.recipe.objective, run.template
         )
 
         def measured(slot: str, rows: Any) -> EvalReport:

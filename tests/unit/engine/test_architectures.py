@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graft.core.errors import ConfigError, ModelError
-from graft.engine.generate import Generator
+from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.memory import ModelShape
 from graft.engine.multi import MultiAdapterModel, Routing
 from graft.engine.multi.attention import takes_any_mask
@@ -49,6 +49,17 @@ SMALL: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 8,
         "n_routed_experts": 4,
+    },
+    "granitemoehybrid": {
+        "intermediate_size": 48,
+        "shared_intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 0,
+        "layer_types": ["attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
     },
     "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
     "gpt_neo": {
@@ -121,6 +132,20 @@ def test_bases_whose_layers_do_not_attend_to_all_tokens_are_not_generated_with(
     assert not takes_any_mask(model.base)
     with pytest.raises(ModelError, match=r"has layers of kind (local_attention|recurrent)"):
         Generator(model, tiny_tokenizer())
+
+
+@torch.no_grad()
+def test_a_hybrid_class_without_recurrent_layers_is_generated_with() -> None:
+    base = base_of("granitemoehybrid")
+    assert getattr(base, "_is_stateful", False)
+    ids, expected = IDS[:1], []
+    for _ in range(6):
+        best = base(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        expected.append(int(best))
+        ids = torch.cat([ids, best], dim=1)
+    generator = Generator(MultiAdapterModel(base), tiny_tokenizer())
+    asked = [GenerationRequest(IDS[row].tolist(), None, 6) for row in (1, 0)]
+    assert list(generator.run(asked)[1].token_ids) == expected
 
 
 def test_virtual_tokens_need_positions() -> None:
