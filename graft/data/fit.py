@@ -48,9 +48,8 @@ def fit_row(row: TokenRow, section: DataSection, template: ChatTemplate) -> Toke
     for branch in range(1, row.num_branches + 1):
         own = row.branch_columns(branch)[row.num_prompt_tokens :]
         is_scored = row.branch and [at for at in own if row.is_supervised[at]] == own[-1:]
-        if is_scored and 1 < room < len(
-            own
-        ):  # a score is read at the end, wherever that comes to be
+        # A score is read at the end, wherever that comes to be.
+        if is_scored and 1 < room < len(own):
             own = own[: room - 1] + own[-1:]
         kept += own[:room]
     return row.take(kept)

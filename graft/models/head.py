@@ -52,11 +52,9 @@ def require_known_head(base: PreTrainedModel) -> None:
     with torch.no_grad():
         own = base(input_ids=ids).logits.float()
         here = head_logits(base, base.get_decoder()(input_ids=ids).last_hidden_state).float()
-    if own.shape != here.shape or not torch.isfinite(own).all():
-        is_same = own.shape == here.shape  # broken weights are another check's to tell
-    else:
-        is_same = bool((own - here).abs().max() <= _SAME * own.abs().max())
-    if not is_same:
+    is_broken = not torch.isfinite(own).all()  # of weights, which is another check's to tell
+    is_alike = own.shape == here.shape
+    if not is_alike or (not is_broken and (own - here).abs().max() > _SAME * own.abs().max()):
         raise ModelError(
             f"{type(base).__name__} makes its logits in a way that is not known here, so training "
             "and answers would be wrong; choose a base of another architecture"
