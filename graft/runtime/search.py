@@ -27,12 +27,13 @@ from graft.runtime.placement import ON_HEAD, node_places, orphans_freed, worker_
 from graft.runtime.requests import EVENTS_FILE
 from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
-from graft.runtime.searcher import Executor, StudySearcher, TrialQueue, metrics_of
+from graft.runtime.searcher import Executor, StudySearcher, TrialQueue
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
+from graft.runtime.study_events import say_end, say_report
 from graft.runtime.tracking import WandbTracker
 from graft.runtime.trial_table import TrialTable
-from graft.runtime.trials import Loss
+from graft.runtime.trials import Loss, metrics_of
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
@@ -352,7 +353,7 @@ class TrialWatch(TrialCallback):
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """Moves a bar on."""
         number, metrics = trial.config["trial"], metrics_of(result)
-        self.say("report", trial=number, steps=result["steps"], metrics=metrics)
+        say_report(self._events, number, result)
         self._table.redraw()
         if number in self._bars:
             bar, seen = self._bars[number]
@@ -369,7 +370,7 @@ class TrialWatch(TrialCallback):
         """Closes a bar."""
         number = trial.config["trial"]
         record = self._study.trial(number)
-        self.say("end", trial=number, state=record.state, steps=record.steps, reason=record.reason)
+        say_end(self._events, record)
         self._table.redraw()
         if number in self._bars:
             self._bars.pop(number)[0].close()

@@ -27,20 +27,20 @@ from graft.runtime.scheduler import STEP, TOKENS
 from graft.runtime.seats import Seats
 from graft.runtime.study import Study
 from graft.runtime.trials import (
+    MEASURED,
     STOPPED_BY_PERSON,
     Asked,
     Failure,
     Loss,
     failure_of,
     forget_end,
+    metrics_of,
 )
 
 if TYPE_CHECKING:
     from graft.engine.memory.cap import MemoryCap
     from graft.engine.memory.stand_ins import DeviceType
     from graft.recipe.space import RecipeSpace
-
-_MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/", "cost/")
 
 Executor = Literal["packed", "dedicated"]
 
@@ -406,7 +406,7 @@ class StudySearcher(Searcher):
         if study.records.front:
             return
         reports = read_reports(study.trial_folder(number))
-        known = sorted({n for report in reports for n in report if n.startswith(_MEASURED)})
+        known = sorted({n for report in reports for n in report if n.startswith(MEASURED)})
         absent = [o.metric for o in study.section.objectives if o.metric not in known]
         if absent:
             self._queue.give_up(
@@ -475,12 +475,3 @@ def drop_needless_checkpoints(study: Study) -> None:
     """Removes the state of trials that nobody goes on from: ended as they should, not the best."""
     for number in study.records.take_needless():
         shutil.rmtree(study.trial_folder(number) / CHECKPOINTS, ignore_errors=True)
-
-
-def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Picks the metrics out of a Tune result."""
-    return {
-        name: float(value)
-        for name, value in result.items()
-        if name.startswith(_MEASURED) and isinstance(value, int | float)
-    }

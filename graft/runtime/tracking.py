@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from graft.core.errors import ConfigError, MissingDependencyError
 from graft.core.progress import Progress
 from graft.runtime.callbacks import TrialCallback
-from graft.runtime.searcher import metrics_of
 from graft.runtime.study import Study
+from graft.runtime.trials import metrics_of
 
 if TYPE_CHECKING:
     import wandb

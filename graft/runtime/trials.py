@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -24,6 +25,8 @@ EARLIER = "earlier"
 """Marks a trial of another study with where it is from."""
 CONTINUES = "continues"
 """Marks a trial with the one that it goes on from."""
+MEASURED = ("train/", "eval/", "method/", "objective/", "rollout/", "cost/")
+"""A metric's name begins so."""
 
 _FAILURE_FILE = "failure.json"
 _LOSS_FILE = "lost"
@@ -271,3 +274,12 @@ def take_words(folder: Path) -> list[str]:
     words = taken.read_text(encoding="utf-8").splitlines()
     taken.unlink()
     return words
+
+
+def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """Picks the metrics out of a report."""
+    return {
+        name: float(value)
+        for name, value in result.items()
+        if name.startswith(MEASURED) and isinstance(value, int | float)
+    }
