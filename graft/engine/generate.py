@@ -19,6 +19,7 @@ from graft.engine.kv_cache import KVCache, require_full_attention
 from graft.engine.multi import Routing
 from graft.engine.sampling import next_tokens
 from graft.engine.text_stream import TextStream
+from graft.models.rope import short_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,13 +158,16 @@ class Generator:
         """Longest prompt and answer together of a slot, its virtual tokens not counted.
 
         It is `max_length`, or what those virtual tokens leave of the base's context where that is
-        less.
+        less: of the short one where the base has two, since one row in the long one would change
+        what its neighbours and its own cache are read by.
         """
-        num_virtual = self.model.prompts.num_virtual_tokens(slot)
-        context = getattr(self.model.base.config, "max_position_embeddings", None)
-        if not num_virtual or context is None:
-            return self.max_length
-        return min(self.max_length, int(context) - num_virtual)
+        num_virtual, config = self.model.prompts.num_virtual_tokens(slot), self.model.base.config
+        limits = [self.max_length]
+        if (short := short_context(config)) is not None:
+            limits.append(short - num_virtual)
+        if num_virtual and (context := getattr(config, "max_position_embeddings", None)):
+            limits.append(int(context) - num_virtual)
+        return min(limits)
 
     def submit(self, request: GenerationRequest) -> int:
         """Queues a request and returns its id; ids grow by one.

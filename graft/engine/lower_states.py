@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from graft.data.records import TokenRow
 from graft.engine.batches import MicroBatch, RoutedRow, micro_batches
+from graft.models.rope import short_context
 
 if TYPE_CHECKING:
     from graft.engine.multi import MultiAdapterModel
@@ -30,24 +32,35 @@ def row_key(row: TokenRow) -> bytes:
 def batches_of(
     model: MultiAdapterModel, rows: Sequence[RoutedRow], max_tokens: int
 ) -> list[MicroBatch]:
-    """Splits rows into micro-batches, those whose states are kept apart from others.
+    """Splits rows into micro-batches of what may be read in one pass.
+
+    Apart are rows whose states are kept, and rows so long that the base would read their neighbours
+    otherwise too.
 
     Args:
         model: That will run them.
         rows: In any order.
         max_tokens: Padded tokens of one; see `micro_batches`.
     """
-    parts: dict[bool, list[RoutedRow]] = {True: [], False: []}
+    parts: defaultdict[tuple[bool, bool], list[RoutedRow]] = defaultdict(list)
     for routed in rows:
         is_kept = model.lower.start > 0 and model.lower.has(row_key(routed.row))
-        parts[is_kept].append(routed)
+        parts[not is_kept, _is_long(model, routed)].append(routed)
     return [
         batch
-        for part in parts.values()
+        for key in sorted(parts)
         for batch in micro_batches(
-            part, max_tokens, model.device, shares_prompts=model.shares_prompts
+            parts[key], max_tokens, model.device, shares_prompts=model.shares_prompts
         )
     ]
+
+
+def _is_long(model: MultiAdapterModel, routed: RoutedRow) -> bool:
+    short, row = short_context(model.base.config), routed.row
+    if short is None:
+        return False
+    longest = max(len(row.branch_columns(k)) for k in range(1, row.num_branches + 1))
+    return longest + model.prompts.num_virtual_tokens(routed.slot) > short
 
 
 def from_lower_states(model: MultiAdapterModel, batch: MicroBatch) -> AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from graft.engine.measurable import require_answers_fit
 from graft.engine.reward_models import RewardModels, answer_outcomes
 from graft.engine.scoring import RowScores, outputs_of, read_rows
 from graft.metrics.rewards import RewardScores, add_up, reward_names, score_rewards
+from graft.models.rope import short_context
 from graft.objectives.base import DETAILS, REFERENCE
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Rollouts:
             "them, or an objective that learns from given answers",
         )
         limits = [self._template.context_tokens]
-        limits.append(getattr(self._model.base.config, "max_position_embeddings", limits[0]))
+        config = self._model.base.config
+        limits.append(getattr(config, "max_position_embeddings", limits[0]))
+        limits.append(short_context(config) or limits[0])
         require_answers_fit(objective, method, map(_asked, rows), min(limits))
         if self._judges is not None:
             self._judges.seat(reward.metric for reward in objective.rewards)

@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft.core.machine import free_host_memory_bytes
+from graft.models.rope import reads_rows_alone
 
 _SHARE = 0.25
 """Of the host memory that would be free if nothing were kept."""
-_OF_THE_BATCH = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that depend on the longest row of a pass."""
 _PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
 
@@ -193,13 +192,12 @@ class LowerLayers:
 
     def _chain(self) -> tuple[str, list[nn.Module]]:
         """The one list of all decoder layers, and its path; an empty one where there is none."""
-        config = self._base.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}
-        kinds = {of.get("rope_type") for of in (rope, *rope.values()) if isinstance(of, dict)}
+        if not reads_rows_alone(self._base.config):
+            return "", []
         layers = decoder_layers(self._base)
         for name, module in self._base.named_modules():
             if isinstance(module, nn.ModuleList) and list(module) == layers:
-                return (name, layers) if not kinds & _OF_THE_BATCH else ("", [])
+                return name, layers
         return "", []
 
     def _start_at(self, start: int) -> None:
