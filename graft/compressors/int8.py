@@ -49,7 +49,7 @@ class Int8Compressor(Compressor):
         return Adapter(adapter.method, tensors, storage=self)
 
     def _rounded(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        if not value.is_floating_point():
+        if not _is_quantized(value):
             return value
         if not value.isfinite().all():
             raise CompressionError(f"compress int8: {name} holds NaN or infinity")
@@ -59,7 +59,7 @@ class Int8Compressor(Compressor):
         """Each tensor as int8 of the same shape, beside it `<name>.scale` in bfloat16."""
         encoded: dict[str, torch.Tensor] = {}
         for name, value in state.items():
-            if not value.is_floating_point():
+            if not _is_quantized(value):
                 encoded[name] = value
                 continue
             encoded[name], encoded[name + _SCALE] = _quantize(value, self.block)
@@ -89,6 +89,11 @@ class Int8Compressor(Compressor):
             elif not name.endswith(_SCALE):
                 decoded[name] = value
         return decoded
+
+
+def _is_quantized(value: torch.Tensor) -> bool:
+    """Integers are kept, and so is the nothing of a layer that has no rank left."""
+    return value.is_floating_point() and value.numel() > 0
 
 
 def _is_tall(value: torch.Tensor) -> bool:

@@ -74,7 +74,7 @@ class DeviceMemoryError(TrainingError):
 
 
 class NoRoomError(TrainingError):
-    """Others hold the memory or the cores that a run needs; once they are free it goes on."""
+    """Others hold the memory, disk or cores that a run needs; once they are free it goes on."""
 
 
 class StoppedError(GraftError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,13 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tells whether a file could not be written for want of room; safetensors says so in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    code = getattr(error, "errno", None)
+    return code in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -254,6 +254,11 @@ def _turns(raw: Any, place: str) -> list[Message]:
             raise DataError(f"{at} must be an object with 'role' and 'content', not {_kind(turn)}")
         if turn.get("tool_calls"):
             raise DataError(f"{at}: tool_calls are not supported; write the call as content")
+        if turn.get("weight", 1) != 1:
+            raise DataError(
+                f"{at}: weight {turn['weight']!r} is not supported, and the turn would be learned "
+                "from; leave it out of the row, or end the row before it"
+            )
         if "role" not in turn:
             raise DataError(f"{at} has no 'role'.{nearest('role', list(turn))}")
         turns.append(_turn(turn["role"], turn.get("content"), at))

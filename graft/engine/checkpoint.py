@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from graft.core.errors import TrainingError
+from graft.core.errors import NoRoomError, TrainingError
 from graft.core.files import (
     folder_atomic,
+    is_disk_full,
     remove_folder,
     remove_leftovers,
     sha256_file,
@@ -49,7 +50,8 @@ def save_checkpoint(
         score: How good it is, more is better; the best one stays. None where nothing says so.
 
     Raises:
-        TrainingError: It could not be written, most often for want of room; older ones stand.
+        TrainingError: It could not be written; older ones stand. A `NoRoomError` where the disk is
+            full.
     """
     from safetensors import SafetensorError
 
@@ -62,7 +64,8 @@ def save_checkpoint(
         with folder_atomic(folder) as temporary:
             _write(temporary, state, facts, score)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(
+        kind = NoRoomError if is_disk_full(error) else TrainingError
+        raise kind(
             f"cannot write checkpoint {folder}: {error}{_room(root)}; older checkpoints stand: "
             "make room there and run the same command again"
         ) from error

@@ -312,8 +312,8 @@ def _measure(
         raise TrainingError(f"{name} of {_named(slot)} is not finite; its weights are broken")
     rng = np.random.default_rng(derive_seed("bootstrap", name, len(rows)))
     resampled = [
-        metric.score([rows[at] for at in sample])[0]
-        for sample in rng.integers(0, len(rows), (NUM_RESAMPLES, len(rows))).tolist()
+        metric.score([rows[at] for at in rng.integers(0, len(rows), len(rows)).tolist()])[0]
+        for _ in range(NUM_RESAMPLES)
     ]
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     interval = MetricValue(value=value, low=float(low), high=float(high), rows=len(rows))

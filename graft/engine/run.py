@@ -426,6 +426,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
     return {
         "base": run.ready.digest,
         "data": run.prepared.proof.digest,
+        "chat template": run.prepared.proof.template_digest,
         "data.max_length": run.prepared.proof.max_length,
         **mixture_facts(run.recipe.data),
         "model.dtype": recipe["model"]["dtype"],
@@ -492,9 +493,8 @@ def report_metrics(recipe: Recipe) -> list[Metric]:
     """Returns the metrics of every report: those searched, and those that need no answers."""
     from graft.metrics.base import METRICS
 
-    searched = [
-        o.metric.rpartition("/")[2] for o in recipe.search.objectives if "eval/" in o.metric
-    ]
+    names = [objective.metric for objective in recipe.search.objectives]
+    searched = [name.rpartition("/")[2] for name in names if "eval/" in name]
     listed = {metric.type: metric for metric in recipe.eval.metrics}
     cheap = [name for name, metric in listed.items() if metric.needs != "generation"]
     return [listed.get(name) or METRICS.build(name) for name in dict.fromkeys([*searched, *cheap])]

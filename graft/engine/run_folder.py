@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from graft.core.errors import ConfigError, TrainingError
+from graft.core.errors import ConfigError, NoRoomError, TrainingError
 from graft.core.events import EventLog, read_events
-from graft.core.files import remove_leftovers, write_atomic
+from graft.core.files import is_disk_full, remove_leftovers, write_atomic
 from graft.engine.checkpoint import newest_checkpoint, save_checkpoint
 from graft.engine.train import SlotState, StepReport
 
@@ -63,7 +63,8 @@ def save_progress(
     try:
         EventLog(folder / REPORTS_FILE).append("report", **report)
     except OSError as error:
-        raise TrainingError(
+        kind = NoRoomError if is_disk_full(error) else TrainingError
+        raise kind(
             f"cannot write {folder / REPORTS_FILE}: {error}; the last checkpoint stands: make room "
             "there and run the same command again"
         ) from error

@@ -28,6 +28,8 @@ _FUSED = re.compile(
     rf"{re.escape(_PREFIX)}(?P<path>.+?)(?P<depth>(\.base_layer)*)\.(?P<pair>lora_[AB])\.weight"
 )
 
+_ONE_EXPERT = re.compile(rf"\.\d+\.({'|'.join(_PROJECTIONS)})$")
+
 
 def join_experts(config: dict[str, Any], state: State) -> tuple[dict[str, Any], State]:
     """Puts the pairs of single experts together where those of all are there; else changes nothing.
@@ -48,11 +50,16 @@ def join_experts(config: dict[str, Any], state: State) -> tuple[dict[str, Any], 
         else:
             name = (match["path"], match["projection"], match["pair"])
             found.setdefault(name, {})[int(match["expert"])] = tensor
-    targets = [t for t in config["target_modules"] if t.rpartition(".")[2] in _PROJECTIONS]
-    is_whole = not any(re.search(r"\.\d+\.[^.]+$", target) for target in targets)
+    adapted = {(path, projection) for path, projection, _ in found}
+    targets = {
+        target
+        for target in config["target_modules"]
+        for path, projection in adapted
+        if _is_named(path, projection, [target])
+    }
+    is_whole = not any(_ONE_EXPERT.search(target) for target in config["target_modules"])
     if not found or not is_whole:
         return config, state
-    adapted = {(path, projection) for path, projection, _ in found}
     for (path, projection, pair), by_expert in found.items():
         tensors = [by_expert[expert] for expert in sorted(by_expert)]
         is_inner = projection == _PROJECTIONS[0] and (path, _PROJECTIONS[1]) in adapted
@@ -89,7 +96,7 @@ def split_experts(config: dict[str, Any], state: State) -> tuple[dict[str, Any],
     for key, tensor in state.items():
         match = _FUSED.fullmatch(key)
         path = match["path"] if match else ""
-        here = [p for p in _PROJECTIONS if _is_named(f"{path}.{p}", parameters)]
+        here = [p for p in _PROJECTIONS if _is_named(path, p, parameters)]
         if match is None or not here:
             split[key] = tensor
             continue
@@ -102,13 +109,31 @@ def split_experts(config: dict[str, Any], state: State) -> tuple[dict[str, Any],
         stem = f"{_PREFIX}{path}"
         for expert, own in enumerate(_by_expert(key, tensor, match["pair"], r)):
             split[f"{stem}.{expert}.{here[-1 - depth]}.{match['pair']}.weight"] = own
-    modules = config.get("target_modules")
-    names = [p.removesuffix(".weight") for p in parameters]
-    return {**config, "target_modules": [*(modules or ()), *names]}, split
+    modules = config.get("target_modules") or ()
+    if isinstance(modules, str):  # a pattern is not run: the tensors say where they belong
+        modules = sorted({m["path"] for key in split if (m := _FUSED.fullmatch(key))})
+    named = [name for p in parameters for name in _paths_of(p, state)]
+    return {**config, "target_modules": sorted({*modules, *named})}, split
 
 
-def _is_named(name: str, parameters: list[str]) -> bool:
-    return any(name == p or name.endswith(f".{p}") for p in parameters)
+def _paths_of(parameter: str, state: State) -> list[str]:
+    """The paths of the fused parameters that a name is meant for; a router's is its module's."""
+    found = {
+        f"{match['path']}.{projection}"
+        for key in state
+        if (match := _FUSED.fullmatch(key))
+        for projection in _PROJECTIONS
+        if _is_named(match["path"], projection, [parameter])
+    }
+    return sorted(found) or [parameter.removesuffix(".weight")]
+
+
+def _is_named(path: str, projection: str, parameters: list[str]) -> bool:
+    """Tells whether a parameter of a module is meant; a bare name is one of `experts` alone."""
+    name, is_experts = f"{path}.{projection}", path.rpartition(".")[2] == "experts"
+    dotted = [p for p in parameters if "." in p]
+    is_bare = is_experts and projection in parameters
+    return is_bare or any(name == p or name.endswith(f".{p}") for p in dotted)
 
 
 def _by_expert(key: str, tensor: torch.Tensor, pair: str, r: int) -> list[torch.Tensor]:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from graft.methods.routing import GroupRouting
 
 
+_FAST = ("lora_B", "lora_magnitude_vector")
+
+
 class LoraFamily(LayerMethod):
     """Base of the methods whose update is a product of rank r, `scale * B A`.
 
@@ -110,8 +113,8 @@ class LoraFamily(LayerMethod):
         return found
 
     def lr_scale(self, tensor: str) -> float:
-        """LoRA+: everything but A learns `loraplus_lr_ratio` times as fast."""
-        return 1.0 if tensor == "lora_A" else self.loraplus_lr_ratio
+        """LoRA+: B, and a magnitude, learn `loraplus_lr_ratio` times as fast, as PEFT has them."""
+        return self.loraplus_lr_ratio if tensor in _FAST else 1.0
 
     def sites(self, linears: dict[str, tuple[int, int]]) -> tuple[Site, ...]:
         """Picks the target layers.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from graft.core.errors import AdapterError
 from graft.methods._lora_family import LoraFamily
 from graft.methods._state import joined_state, split_state
-from graft.methods.targets import explicit_targets, peft_layers
+from graft.methods.targets import ALL_LINEAR, explicit_targets, peft_layers
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,11 @@ def read_lora_files(
     if len(named) < len(state):
         raise AdapterError("adapter_model.safetensors: names one tensor with and without weight")
     tensors = split_state(named, cls.peft_names, cls.model_fields["type"].default)
+    targets = config.get("target_modules") or ()
+    if targets == ALL_LINEAR:
+        targets = explicit_targets(targets, tensors)
+    elif isinstance(targets, str):  # a pattern is not run: the tensors say which layers it meant
+        targets = sorted(tensors)
     method = cls.model_validate(
         {
             "r": config.get("r"),
@@ -83,9 +88,7 @@ def read_lora_files(
             "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": config.get("use_rslora", False),
             "layers_to_transform": peft_layers(config.get("layers_to_transform")),
-            "target_modules": sorted({s.rsplit(".", 1)[-1] for s in tensors})
-            if isinstance(config.get("target_modules"), str)
-            else list(config.get("target_modules") or ()),
+            "target_modules": list(targets),
         }
     )
     for site, of_site in tensors.items():

@@ -37,7 +37,7 @@ class DoraMethod(LoraFamily):
 
     servable: ClassVar[frozenset[str]] = frozenset({"native"})
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
-    peft_only_fields: ClassVar[frozenset[str]] = frozenset({"use_dora"})
+    peft_only_fields: ClassVar[frozenset[str]] = frozenset({"use_dora", "eva_config"})
     peft_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
 
     @classmethod

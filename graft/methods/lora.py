@@ -31,7 +31,7 @@ class LoraMethod(LoraFamily):
 
     servable: ClassVar[frozenset[str]] = frozenset({"native", "vllm"})
     zero_stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
-    peft_only_fields: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
+    peft_only_fields: ClassVar[frozenset[str]] = frozenset({"target_parameters", "eva_config"})
 
     @classmethod
     def stack(

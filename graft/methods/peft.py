@@ -8,7 +8,9 @@ PEFT's own. Methods that GRAFT has a file for pack and serve beside others: use 
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -208,12 +210,7 @@ class PeftMethod(WholeMethod):
         Raises:
             AdapterError: A target is a pattern, or a tensor has a name of no module.
         """
-        targets = config.get("target_modules")
-        if isinstance(targets, str) and targets != "all-linear":
-            raise AdapterError(
-                f"adapter_config.json: target_modules={targets[:80]!r} is a pattern, which is not "
-                "run on a stranger's word; list the modules and save the adapter again"
-            )
+        _require_no_patterns(config)
         peft_type = str(config["peft_type"])
         defaults = plain_defaults(peft_type)
         settings = {
@@ -230,6 +227,33 @@ class PeftMethod(WholeMethod):
                 )
             tensors.setdefault(site, {})[name] = tensor
         return cls.model_validate({"peft_type": peft_type, "config": settings}), tensors
+
+
+_PLAIN_NAME = re.compile(r"[\w.]+")
+
+
+def _require_no_patterns(config: Mapping[str, Any]) -> None:
+    """Refuses what PEFT would run as regular expressions, which a stranger can make endless.
+
+    Raises:
+        AdapterError: A target, an exclusion, or a layer with a rank of its own is a pattern.
+    """
+    patterns: list[tuple[str, object]] = []
+    for key, value in config.items():
+        if key in ("target_modules", "exclude_modules") and isinstance(value, str):
+            patterns += [] if value == "all-linear" else [(key, value)]
+        elif key == "layers_pattern":
+            names = value if isinstance(value, list) else [value] if value else []
+            patterns += [(key, name) for name in names]
+        elif key.endswith("_pattern") and isinstance(value, dict):
+            patterns += [(key, name) for name in value]
+    for key, pattern in patterns:
+        is_list = key in ("target_modules", "exclude_modules")
+        if is_list or not (isinstance(pattern, str) and _PLAIN_NAME.fullmatch(pattern)):
+            raise AdapterError(
+                f"adapter_config.json: {key}={str(pattern)[:80]!r} is a pattern, which is not run "
+                "on a stranger's word; list the modules and save the adapter again"
+            )
 
 
 def _require_targets(base: PreTrainedModel, targets: Any) -> None:

@@ -101,7 +101,7 @@ class PromptMethod(VirtualMethod):
             num_transformer_submodules=1,
             prompt_tuning_init=self.init_tokens.upper(),
             prompt_tuning_init_text=self.init_text,
-            tokenizer_name_or_path=base if self.init_text else None,
+            tokenizer_name_or_path=(base or "unnamed") if self.init_text else None,
         )
         return plain_config(config), to_state(embedding)
 

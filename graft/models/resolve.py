@@ -135,13 +135,14 @@ def _make(
         else:
             revision = hub.fetch(source, section.revision, made, progress)
         manifest = describe_folder(made, source, revision)
-        target = folder / manifest.digest
+        # Another revision may have the same weights and other prompts.
+        target = folder / sha256_json([manifest.digest, manifest.template_digest])
         if not target.exists():
             with folder_atomic(target) as temporary:
                 for name in manifest.files:
                     (made / name).rename(temporary / name)
                 write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
-    write_json(_index(folder, key), {"source": source, "digest": manifest.digest})
+    write_json(_index(folder, key), {"source": source, "digest": target.name})
     return ready_from(target, manifest, source)
 
 

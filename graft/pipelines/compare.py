@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from graft.artifacts.record import tool_versions
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, DataError
 from graft.core.files import require_writable, sha256_json, write_atomic, write_json
 from graft.core.model import Listed, StrictModel
 from graft.core.progress import QUIET, Progress
@@ -197,6 +197,7 @@ class _Facts(NamedTuple):
     data: str
     general: str
     settings: str
+    device: str
 
 
 def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
@@ -204,12 +205,21 @@ def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
     from graft.data.mixture import prepare_parts
     from graft.data.plain_text import load_text_rows
     from graft.data.template import ChatTemplate
-    from graft.models import load_tokenizer, resolve_model
+    from graft.engine.measurable import require_measurable
+    from graft.engine.run import report_metrics
+    from graft.models import load_tokenizer, pick_device, resolve_model
 
     example, content = space.example(), space.content()
     ready = resolve_model(example.model, home, progress=progress)
     template = ChatTemplate(load_tokenizer(ready))
-    proof = prepare_parts(example.parts, template, progress=progress).proof
+    prepared = prepare_parts(example.parts, template, progress=progress)
+    require_measurable(example, prepared, template.context_tokens, searched=report_metrics(example))
+    if not any(any(row.is_supervised) for row in prepared.eval):
+        raise DataError(
+            f"{example.data.eval}: no row has an answer, and a comparison measures the loss of "
+            "answers: give some"
+        )
+    proof = prepared.proof
     section = example.compare
     general = None
     if section.general is not None:
@@ -220,16 +230,24 @@ def _facts(space: RecipeSpace, home: Path, progress: Progress) -> _Facts:
         content.get("objective"),
         content.get("scale"),
         example.eval.model_dump(mode="json"),
-        [o.metric for o in search.objectives],
+        [f"{o.metric} {o.mode}" for o in search.objectives],
         [search.eval_rows, search.sampler, search.seed, section.search_steps],
     ]
     return _Facts(
         model=sha256_json(
             [ready.digest, example.model.model_dump(mode="json", exclude={"source"})]
         ),
-        data=sha256_json([proof.digest, proof.max_length, *mixture_facts(example.data).values()]),
+        data=sha256_json(
+            [
+                proof.digest,
+                proof.template_digest,
+                proof.max_length,
+                *mixture_facts(example.data).values(),
+            ]
+        ),
         general=sha256_json(general if general is None else [row.input_ids for row in general]),
         settings=sha256_json(settings),
+        device=pick_device(example.model).type,
     )
 
 
@@ -261,6 +279,7 @@ def _guard(folder: Path, facts: _Facts, entered: Sequence[Contestant]) -> None:
     path = folder / FACTS_FILE
     known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     given = {"base model": facts.model, "data": facts.data, "compare.general": facts.general}
+    given["kind of device"] = facts.device
     given["train, objective, scale, eval, search or compare section"] = facts.settings
     given |= {f"method {one.name}": _own_facts(one) for one in entered if one.space is not None}
     changed = [name for name, digest in given.items() if known.get(name, digest) != digest]

@@ -80,13 +80,20 @@ def contestants(space: RecipeSpace, methods: Sequence[str], budget: int) -> list
     ]
 
 
+_SAME_FOR_ALL = {
+    "steps": "is the length of every method's final training",
+    "batch_size": "says how many rows each of its steps learns from",
+    "seed": "is that of every searched point, and finals have others",
+}
+
+
 def require_comparable(space: RecipeSpace) -> None:
     """Refuses a recipe under which methods cannot be compared.
 
     Raises:
         ConfigError: Says which setting, and what to write.
     """
-    recipe, train = space.example(), space.content().get("train", {})
+    recipe = space.example()
     if recipe.data.eval is None:
         raise ConfigError("data.eval is absent; a comparison measures held-out rows: name them")
     if costs := [o.metric for o in recipe.search.objectives if o.metric in COSTS]:
@@ -116,11 +123,15 @@ def require_comparable(space: RecipeSpace) -> None:
             "a comparison trains each method in one process of its own; set scale.workers: 1, "
             "scale.zero_stage: 0 and scale.backend: torch"
         )
-    if "choice" in train or isinstance(train.get("steps"), dict):
-        raise ConfigError(
-            "train.steps is the length of every method's final training; give one number, and "
-            "train as one section"
-        )
+    _require_one_training(space)
+
+
+def _require_one_training(space: RecipeSpace) -> None:
+    """Refuses settings of `train` that would not be the same for all methods."""
+    recipe, train = space.example(), space.content().get("train", {})
+    for key, why in _SAME_FOR_ALL.items():
+        if "choice" in train or isinstance(train.get(key), dict):
+            raise ConfigError(f"train.{key} {why}; give one number, and train as one section")
     for key, why in _TOO_PARTICULAR.items():
         if getattr(recipe.train, key) is not None:
             raise ConfigError(f"train.{key} {why}: remove it")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from graft.core.errors import (
+    AdapterError,
     ConfigError,
     DataError,
     GraftError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=StrictModel)
 
-_REFUSALS = (ConfigError, ModelError, MissingDependencyError)
+_REFUSALS = (AdapterError, ConfigError, ModelError, MissingDependencyError)
 
 
 class Race:

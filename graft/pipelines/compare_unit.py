@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from graft.report.comparison_facts import BaseFacts, LossPoint, PointFacts, Seed
 
 if TYPE_CHECKING:
     from graft.artifacts import MetricValue
-    from graft.compressors.base import Adapter
     from graft.engine.run import LoadedRun
     from graft.engine.train import StepReport, Trainer
     from graft.metrics.base import Metric
@@ -140,6 +138,7 @@ def _search_point(run: LoadedRun, progress: Progress) -> PointFacts:
 
 def _train_seed(run: LoadedRun, progress: Progress) -> SeedFacts:
     from graft.compressors.base import Adapter
+    from graft.engine.costs import adapter_bytes
     from graft.engine.publish import finished_tensors
     from graft.engine.run import SLOT
     from graft.pipelines.compare_memory import PeakMemory
@@ -181,7 +180,7 @@ def _train_seed(run: LoadedRun, progress: Progress) -> SeedFacts:
         peak_bytes=peak,
         memory=memory.kind,
         num_trainable=num_trainable,
-        file_bytes=_file_bytes(run, adapter),
+        file_bytes=adapter_bytes(run.recipe, tensors),
         metrics=metrics,
         general=general,
     )
@@ -269,23 +268,6 @@ def _num_trainable(run: LoadedRun) -> int:
     from graft.engine.run import SLOT
 
     return sum(p.numel() for p in run.model.parameters(SLOT).values() if p.requires_grad)
-
-
-def _file_bytes(run: LoadedRun, adapter: Adapter) -> int:
-    """Size of what would be published, tensors only."""
-    from graft.artifacts import Store
-    from graft.engine.publish import publish_adapter
-
-    with tempfile.TemporaryDirectory(prefix="graft-compare-") as scratch:
-        stored = publish_adapter(
-            Store(Path(scratch)),
-            adapter,
-            recipe=run.recipe,
-            ready=run.ready,
-            data_digest=run.prepared.proof.digest,
-            metrics={},
-        )
-        return stored.record.serving.num_bytes
 
 
 class _PipeTask(Task):

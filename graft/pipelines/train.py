@@ -191,7 +191,9 @@ def _known(folder: Path, run: PreparedRun, store: Store) -> TrainedAdapter | Non
     record = store.verify(result.artifact).record
     starts = [parent.digest for parent in record.parents if parent.relation == "successor"]
     same_start = starts == ([] if run.start is None else [run.start])
-    return result if same_start and record.base_digest == run.ready.digest else None
+    same_base = record.base_digest == run.ready.digest
+    same_template = record.template_digest in (None, run.ready.template_digest)
+    return result if same_start and same_base and same_template else None
 
 
 def _train_here(run: LoadedRun, folder: Path, *, home: Path, progress: Progress) -> None:

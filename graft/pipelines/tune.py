@@ -242,7 +242,7 @@ def prove(space: RecipeSpace, *, home: Path, progress: Progress = QUIET) -> Prov
         model=sha256_json(
             [ready.digest, example.model.dtype, example.model.quantization.model_dump(mode="json")]
         ),
-        data=sha256_json([proof.digest, proof.max_length]),
+        data=sha256_json([proof.digest, proof.template_digest, proof.max_length]),
         objectives=tuple(f"{o.metric} {o.mode}" for o in example.search.objectives),
         eval_rows=example.search.eval_rows,
     )

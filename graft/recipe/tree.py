@@ -148,7 +148,7 @@ def _near_files(path: Path) -> str:
 
 
 def _compose(text: str, source: str) -> Node | None:
-    if re.match(r"\s*%", text):
+    if re.search(r"^%", text, re.MULTILINE):
         raise ConfigError(f"{source}: YAML directives (lines that begin with %) are not accepted")
     try:
         return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]
@@ -235,8 +235,10 @@ class _Builder:
         text = str(node.value)
         if kind == "null":
             return None
-        if kind == "bool":
+        if kind == "bool" and text.lower() in ("true", "false"):
             return text.lower() == "true"
+        if kind == "bool":
+            raise ConfigError(f"{self._place(node)}: {text!r} is no bool; write true or false")
         if kind not in {"int", "float"}:
             return text
         try:

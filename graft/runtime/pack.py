@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graft.core.errors import GraftError, TrainingError
+from graft.core.errors import GraftError, NoRoomError, TrainingError
 from graft.engine.costs import costs_of
 from graft.engine.memory.exhausted import exhausted_bytes
 from graft.engine.multi import MultiAdapterModel
@@ -158,10 +158,13 @@ class Pack:
             self.leave(number)
             raise
         with self._changed:
-            seat = self._seats.get(number)
-            if seat is None or seat.leaves:
+            self._changed.wait_for(lambda: self._loss or self._closed or not self._leaves(number))
+            if number not in self._seats:
                 self._seats[number] = _Seat(number, Path(folder), run, run_facts(run))
                 self._changed.notify_all()
+
+    def _leaves(self, number: int) -> bool:
+        return number in self._seats and self._seats[number].leaves
 
     def next_report(self, number: int, after: int, timeout_s: float = 20.0) -> Report | None:
         """Waits for the first report past step `after`, and lets the trial train until then.
@@ -252,6 +255,7 @@ class Pack:
             leavers = [seat for seat in self._seats.values() if seat.leaves]
             for seat in leavers:
                 del self._seats[seat.number]
+            self._changed.notify_all()
         for seat in leavers:
             self._vacate(seat)
 
@@ -273,6 +277,8 @@ class Pack:
             self._joining = (seat.number,)
             try:
                 self._seat(seat)
+            except NoRoomError:  # which is no fault of the trial
+                raise
             except (GraftError, ValueError, OSError) as error:
                 self._fail(seat, str(error))
             self._joining = ()
@@ -361,6 +367,8 @@ class Pack:
                 require_finite(step, seat.run.recipe)
                 if step.is_finished or step.step % seat.run.recipe.train.report_every == 0:
                     self._report(seat)
+            except NoRoomError:  # the other trials would meet the same
+                raise
             except (GraftError, OSError) as error:
                 self._fail(seat, str(error))
         self._last_step_s = time.monotonic() - started

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _ANSWERS_WITHIN_S = 120.0
 _LOOK_EVERY_S = 0.5
+_NEWS_WITHIN_S = 5.0
 _SAY_AFTER_S = 30.0
 
 
@@ -185,6 +186,7 @@ class Packs(Seats):
         pack = self._packs.get(self._pack_of[number])
         if pack is None:
             return Loss("the pack was lost with another trial of it")
+        ray.wait([pack.loaded], timeout=_NEWS_WITHIN_S)  # its trials may have heard of it first
         if not self._answers(pack):  # it never had its base: `look` says why
             return None if pack.name in self._packs else Loss("the pack could not load its base")
         loss = _loss(pack.actor)

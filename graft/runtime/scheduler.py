@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,8 @@ class StudyScheduler(FIFOScheduler):
         section: The recipe's scheduler.
         objectives: Searched metrics.
         longest: Steps or tokens of the longest trial, whichever rungs count.
-        ended: Folders of the trials that have ended, by those that they are known by; their reports
-            fill the rungs.
+        ended: Folders of the trials that have ended, and their last steps, by the folders that they
+            are known by; their reports up to there fill the rungs.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class StudyScheduler(FIFOScheduler):
         section: AshaScheduler,
         objectives: Sequence[SearchObjective],
         longest: int,
-        ended: Mapping[Path, Path],
+        ended: Mapping[Path, tuple[Path, int]],
     ) -> None:
         super().__init__()
         grace = section.grace_tokens if section.unit == TOKENS else section.grace_steps
@@ -54,14 +55,15 @@ class StudyScheduler(FIFOScheduler):
             self._rungs = AsyncHyperBandScheduler(
                 metric=early[0].metric, mode=early[0].mode, stop_last_trials=False, **places
             )
-        for origin, folder in ended.items():
-            self._pass_again(origin, folder)
+        for origin, (folder, last) in ended.items():
+            self._pass_again(origin, folder, last)
 
-    def _pass_again(self, origin: Path | str, folder: Path) -> None:
+    def _pass_again(self, origin: Path | str, folder: Path, last: float = math.inf) -> None:
         trial = _known_by(origin)
         self._rungs.on_trial_add(None, trial)
         for report in read_reports(folder):
-            self._rungs.on_trial_result(None, trial, report)
+            if report[STEP] <= last:  # what workers did past their trial's end was not asked of it
+                self._rungs.on_trial_result(None, trial, report)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Seats a trial; one that ran before keeps the rungs that it has passed."""

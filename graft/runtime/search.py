@@ -13,7 +13,6 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 
 from graft.core.errors import TrainingError
-from graft.core.events import EventLog
 from graft.core.progress import Progress, Task
 from graft.engine.run_folder import objective_figures
 from graft.runtime.attended import Attendant, AttendedScheduler
@@ -24,13 +23,12 @@ from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
 from graft.runtime.placement import ON_HEAD, node_places, orphans_freed, worker_needs
-from graft.runtime.requests import EVENTS_FILE
 from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue
 from graft.runtime.session import RaySession
 from graft.runtime.study import Study
-from graft.runtime.study_events import say_end, say_report
+from graft.runtime.study_events import TrialEvents
 from graft.runtime.tracking import WandbTracker
 from graft.runtime.trial_table import TrialTable
 from graft.runtime.trials import Loss, metrics_of
@@ -244,6 +242,10 @@ class Search:
         )
         try:
             tuner.fit()
+        except RuntimeError as error:  # Tune knows no actor that is killed for memory
+            if not isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+                raise
+            return Loss(str(error.__cause__))
         finally:  # Tune's own record of the turn is read by nobody, and grows with every trial
             shutil.rmtree(self._study.folder / "tune", ignore_errors=True)
         return searcher.loss
@@ -252,9 +254,12 @@ class Search:
         section = self._section.scheduler
         if section.type == "none":
             return BudgetScheduler(FIFOScheduler(), self._budget)
-        numbers = [trial.number for trial in self._study.trials if trial.has_ended]
         origin, folder = self._study.records.origin, self._study.trial_folder
-        ended = {folder(origin(number)): folder(number) for number in numbers}
+        ended = {
+            folder(origin(trial.number)): (folder(trial.number), trial.steps)
+            for trial in self._study.trials
+            if trial.has_ended
+        }
         asha = StudyScheduler(section, self._section.objectives, self._longest, ended)
         return BudgetScheduler(asha, self._budget)
 
@@ -315,7 +320,7 @@ class TrialWatch(TrialCallback):
         self._study = study
         self._stage = stage
         self.progress = progress
-        self._events = EventLog(study.folder / EVENTS_FILE)
+        self._events = TrialEvents(study)
         self._bars: dict[int, tuple[Task, int]] = {}
         self._table = TrialTable(study, progress)
         self._has_table = False
@@ -337,12 +342,12 @@ class TrialWatch(TrialCallback):
 
     def say(self, event: str, **fields: Any) -> None:
         """Appends one line to the study's events."""
-        self._events.append(event, **fields)
+        self._events.say(event, **fields)
 
     def log_trial_start(self, trial: Any) -> None:
         """Opens a bar, or a row of the table."""
         config = trial.config
-        self.say("start", trial=config["trial"], params=config["params"])
+        self._events.start(config["trial"], config["params"])
         if self._has_table:
             self._table.redraw()
             return
@@ -353,7 +358,7 @@ class TrialWatch(TrialCallback):
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """Moves a bar on."""
         number, metrics = trial.config["trial"], metrics_of(result)
-        say_report(self._events, number, result)
+        self._events.report(number, result)
         self._table.redraw()
         if number in self._bars:
             bar, seen = self._bars[number]
@@ -370,7 +375,7 @@ class TrialWatch(TrialCallback):
         """Closes a bar."""
         number = trial.config["trial"]
         record = self._study.trial(number)
-        say_end(self._events, record)
+        self._events.end(record)
         self._table.redraw()
         if number in self._bars:
             self._bars.pop(number)[0].close()

@@ -322,6 +322,8 @@ class StudySearcher(Searcher):
         """Of the seats of all trials, which are run again."""
         self._blamed: dict[int, Failure] = {}
         """Trial that a seat was lost for → why."""
+        self._without_runner: set[int] = set()
+        """Trials whose runner went without a word."""
         self._by_person: set[int] = set()
         """Trials that a person stops."""
 
@@ -422,13 +424,22 @@ class StudySearcher(Searcher):
             return self._learn(failure, [asked])
         loss = self._seats.loss_of(asked.number)
         if loss is None:
-            return Failure(reason="its runner ended without a word")
+            reason = "its runner ended without a word"
+            return Failure(reason=reason) if self._is_again(asked) else None
         if loss.needed_bytes is None and self._seats.goes_on_without(asked.number):
             self._queue.put_back(asked, self.executor)
             return None
         self.loss = self.loss or loss
         self._blame(asked, loss)
         return self._blamed.get(asked.number)
+
+    def _is_again(self, asked: Asked) -> bool:
+        """Tells whether a trial's runner is gone a second time; the first time it is run again."""
+        if asked.number in self._without_runner:
+            return True
+        self._without_runner.add(asked.number)
+        self._queue.put_back(asked, self.executor)
+        return False
 
     def _blame(self, asked: Asked, loss: Loss) -> None:
         """Finds the trial that a pack ran out of memory for, once: the one that needs most."""

@@ -20,7 +20,7 @@ from graft.core.spaces import Float, Int, Space
 from graft.runtime.postgres import PATIENCE_S, StudyTakenError
 from graft.runtime.samplers import endless_grid, seeded_sampler
 from graft.runtime.storage import Kept, storage_to_drive, storage_to_read, while_running
-from graft.runtime.study_events import say_missed
+from graft.runtime.study_events import TrialEvents
 from graft.runtime.trial_records import TrialRecords
 from graft.runtime.trials import (
     CONTINUES,
@@ -432,7 +432,7 @@ def open_study(
     ):
         warnings.filterwarnings("ignore", category=UserWarning, module="optuna")
         study = _open(folder, section, facts, kept)
-        say_missed(study)
+        TrialEvents(study).say_missed()
         yield study
 
 

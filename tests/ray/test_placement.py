@@ -44,7 +44,7 @@ def test_places_that_others_have_are_no_room(cpus: int) -> None:
             time.sleep(0.05)
         assert find_room(WorkerNeeds(WORKER, 1, cpus)) == cpus - 1
         with pytest.raises(TrainingError, match=rf"needs {cpus} workers .* room for {cpus - 1}"):
-            find_room(WorkerNeeds(WORKER, cpus, cpus), wait_s=1.0)
+            find_room(WorkerNeeds(WORKER, cpus, cpus), wait_s=5.0)
     finally:
         others.free()
     assert find_room(WorkerNeeds(WORKER, cpus, cpus)) == cpus

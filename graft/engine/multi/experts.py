@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graft.engine.multi.frozen import is_linear
 from graft.engine.multi.layer import ActiveRouting, SlotTensors
 from graft.methods.base import FusedSize
 from graft.methods.layerwise import LayerMethod
@@ -97,7 +98,7 @@ def _routers_beside(parent: nn.Module, path: str, experts: Any) -> dict[str, Fus
     return {
         f"{path}.{name}": FusedWeight(child, f"{path}.{name}", "weight", None)
         for name, child in parent.named_children()
-        if not isinstance(child, nn.Linear)
+        if not is_linear(child)
         and [(n, tuple(p.shape)) for n, p in child.named_parameters()]
         == [("weight", (num_experts, hidden_size))]
     }
@@ -170,15 +171,20 @@ class RoutedRouter(SlotTensors):
         self.base = base
         self._active = active
 
-    def forward(self, x: torch.Tensor) -> Any:
-        """Returns what the router returns: tensors with the tokens first."""
+    def forward(self, x: torch.Tensor, *settings: Any) -> Any:
+        """Returns what the router returns: tensors with the tokens first.
+
+        Args:
+            x: `[..., in_features]`.
+            settings: What some routers get besides, the same for every token.
+        """
         slots = {slot.name for slot, _, _ in self._active.slots if self.has(slot.name)}
         if not slots:
-            return self.base(x)
+            return self.base(x, *settings)
         x_MI = x.reshape(-1, x.shape[-1])
         segments = _segments(self._active, x_MI.shape[0])
         parts = [
-            self._routed(piece, slot if slot is not None and slot.name in slots else None)
+            self._routed(piece, settings, slot if slot and slot.name in slots else None)
             for piece, (slot, count) in zip(
                 x_MI.split([count for _, count in segments]), segments, strict=True
             )
@@ -188,9 +194,9 @@ class RoutedRouter(SlotTensors):
             return torch.cat(parts)
         return tuple(torch.cat(of_kind) for of_kind in zip(*parts, strict=True))
 
-    def _routed(self, x_MI: torch.Tensor, slot: Slot | None) -> Any:
+    def _routed(self, x_MI: torch.Tensor, settings: tuple[Any, ...], slot: Slot | None) -> Any:
         if slot is None:
-            return self.base(x_MI)
+            return self.base(x_MI, *settings)
         assert isinstance(slot.method, LayerMethod)
         weight_EI = self.base.get_parameter("weight")
         wide = torch.promote_types(weight_EI.dtype, torch.float32)
@@ -199,9 +205,9 @@ class RoutedRouter(SlotTensors):
         # A copy with a weight of its own: lanes run this module at once, and what is swapped in it
         # for one would be met by all.
         router = copy.copy(self.base)
-        own: dict[str, Any] = {"weight": weight_EI.to(wide) + update_EI.to(wide)}
-        router._parameters = own
-        return router(x_MI.to(wide))
+        own = weight_EI.to(wide) + update_EI.to(wide)
+        router._parameters = {**self.base._parameters, "weight": own}  # type: ignore[dict-item]
+        return router(x_MI.to(wide), *settings)
 
 
 class _ExpertSite(SlotTensors):

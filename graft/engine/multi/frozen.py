@@ -11,6 +11,15 @@ from graft.core.errors import ModelError
 from graft.models.quantized import dense_weight
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Tells linear layers from what only has their weight: some architectures' routers."""
+    if not isinstance(module, nn.Linear):
+        return False
+    is_plain = type(module).forward is nn.Linear.forward
+    is_quantized = not type(module).__module__.startswith("transformers.models.")
+    return is_plain or is_quantized or type(module).__name__ == "FalconLinear"
+
+
 class FrozenLinear:
     """A linear layer of the base; see `graft.methods.layerwise.FrozenLayer`.
 

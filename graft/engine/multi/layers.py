@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from graft.core.errors import AdapterError, ConfigError
 from graft.core.seeds import derive_seed
 from graft.engine.multi.experts import FusedLayers
-from graft.engine.multi.frozen import FrozenLinear
+from graft.engine.multi.frozen import FrozenLinear, is_linear
 from graft.engine.multi.layer import ActiveRouting, RoutedLinear, SlotTensors
 from graft.methods.base import Site
 from graft.methods.layerwise import LayerMethod
@@ -33,7 +33,7 @@ class LayerSlots:
         self._linears = {
             name: module
             for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if is_linear(module) and module is not head
         }
         self._fused = FusedLayers(base, active)
         self._layers: dict[str, SlotTensors] = {}

@@ -27,6 +27,8 @@ class _Occupation:
     """Some weights stand in a wider type than the base computes in."""
     changed: dict[str, torch.Tensor | None]
     """The base's own weights that were replaced; None is to be read from the model's files."""
+    dtypes: dict[str, torch.dtype]
+    """Of those weights: a base may keep some in fp32 whatever it computes in."""
 
 
 class WholeSlots:
@@ -99,13 +101,14 @@ class WholeSlots:
         for key, parameter in attachment.parameters.items():
             if id(parameter) in own:
                 changed[key] = None if key in in_files else parameter.data
+        dtypes = {key: attachment.parameters[key].dtype for key in changed}
         place(attachment, tensors, widens=trainable, own=own)
         for parameter in attachment.parameters.values():
             parameter.requires_grad_(trainable and parameter.requires_grad)
         is_mixed = computes_in in _HALF_PRECISIONS and any(
             p.is_floating_point() and p.dtype != computes_in for p in attachment.parameters.values()
         )
-        self._slots[name] = _Occupation(attachment, computes_in, is_mixed, changed)
+        self._slots[name] = _Occupation(attachment, computes_in, is_mixed, changed, dtypes)
 
     def remove(self, name: str) -> None:
         """Takes the slot off; the base is what it was before, bit for bit."""
@@ -117,7 +120,7 @@ class WholeSlots:
             parameter = occupation.attachment.parameters[key]
             original = from_files[key] if kept is None else kept
             parameter.grad = None
-            parameter.data = original.to(parameter.device, occupation.computes_in)
+            parameter.data = original.to(parameter.device, occupation.dtypes[key])
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The slot's parameters, `site.tensor` → parameter."""

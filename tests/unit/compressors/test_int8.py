@@ -50,6 +50,18 @@ def test_encoding_and_decoding_give_the_exact_values_back() -> None:
         torch.testing.assert_close(decoded[name], value, atol=0.02, rtol=0)
 
 
+def test_a_layer_without_a_rank_is_stored_as_the_nothing_it_is(adapter: Adapter) -> None:
+    of_site = next(iter(adapter.tensors.values()))
+    of_site["lora_A"], of_site["lora_B"] = of_site["lora_A"][:0], of_site["lora_B"][:, :0]
+    compressor = Int8Compressor()
+    small = next(iter(compressor.compress(adapter).tensors.values()))
+    assert small["lora_A"].shape == of_site["lora_A"].shape
+    decoded = compressor.decode(compressor.encode(of_site))
+    assert {key: value.shape for key, value in decoded.items()} == {
+        key: value.shape for key, value in of_site.items()
+    }
+
+
 def test_nan_is_refused(adapter: Adapter) -> None:
     next(iter(adapter.tensors.values()))["lora_A"][0, 0] = float("inf")
     with pytest.raises(CompressionError, match="infinity"):

@@ -173,6 +173,7 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("messages", {"messages": [{"role": "user", "content": "a\0b"}]}, "null character"),
     ("messages", {"messages": [{"role": "user", "content": "a\ud800"}]}, "surrogate"),
     ("messages", {"messages": [{**USER, "tool_calls": [{}]}]}, "tool_calls"),
+    ("messages", {"messages": [USER, {**ASSISTANT, "weight": 0}]}, "weight 0 is not supported"),
     ("messages", {"mesages": [USER, ASSISTANT]}, "Did you mean 'mesages'"),
     ("messages", SAME_ROW["alpaca"], "looks like 'alpaca'"),
     ("alpaca", {"instruction": "a"}, "needs 'output'"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from graft.compressors.base import Adapter
+from graft.compressors.folder import load_adapter, save_adapter
 from graft.core.errors import ConfigError, ModelError
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.memory import ModelShape
@@ -76,6 +79,24 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 8,
     },
+    "phimoe": {
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    },
+    "lfm2_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64},
     "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32},
 }
@@ -116,6 +137,47 @@ def test_every_layer_is_adapted_whatever_form_its_input_has(architecture: str) -
             weight += 2.0 * (own["lora_B"] @ own["lora_A"])
         expected = alone(input_ids=IDS[row : row + 1]).logits
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "router"), [("phimoe", "mlp.router"), ("lfm2_moe", "feed_forward.gate")]
+)
+@torch.no_grad()
+def test_a_router_is_one_whatever_it_is_made_of_and_given(architecture: str, router: str) -> None:
+    """Phi's is a linear layer that gives a pair, LFM2's gets a bias beside its input."""
+    base = base_of(architecture)
+    merged = copy.deepcopy(base)
+    model = MultiAdapterModel(base)
+    assert not any(site.name.endswith(router) for site in ALL.sites(model.linears))
+    model.add_slot("all", ALL)
+    method = LoraMethod(r=2, lora_alpha=4, target_modules=(router,))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        site: {key: torch.randn(v.shape, generator=generator) * 0.1 for key, v in own.items()}
+        for site, own in model.fresh_tensors(method).items()
+    }
+    model.add_slot("router", method, tensors=tensors)
+    logits = model.logits(model.hidden(IDS, routing=Routing(("all", "router"), (1, 1))))
+    assert len(tensors) == 1
+    for site, own in tensors.items():
+        weight = merged.get_submodule(site).weight
+        expected = [merged(input_ids=IDS[:1]).logits]  # fresh adapters change nothing
+        weight += 2.0 * (own["lora_B"] @ own["lora_A"])
+        expected.append(merged(input_ids=IDS[1:]).logits)
+        torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_experts_are_saved_beside_plain_layers_of_the_same_name(tmp_path: Path) -> None:
+    model = MultiAdapterModel(base_of("qwen2_moe"))
+    targets = ("experts.down_proj", "shared_expert.down_proj", "o_proj")
+    method = LoraMethod(r=2, lora_alpha=4, target_modules=targets)
+    model.add_slot("a", method)
+    adapter = Adapter(method, model.tensors("a"))
+    save_adapter(tmp_path / "adapter", adapter, "tiny")
+    loaded = load_adapter(tmp_path / "adapter")
+    model.add_slot("b", loaded.method, tensors=loaded.tensors)
+    assert loaded.tensors.keys() == adapter.tensors.keys()
 
 
 def test_a_base_without_linear_layers_is_refused() -> None:

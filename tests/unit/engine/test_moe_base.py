@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,28 @@ def test_peft_reads_the_folder_and_its_folder_is_read(
     loaded = load_adapter(tmp_path / "theirs")
     model.add_slot("back", loaded.method, tensors=loaded.tensors)
     torch.testing.assert_close(logits(model, "back"), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_parameters": ["gate_up_proj", "down_proj"]},  # bare, as PEFT's conversion has them
+        {"target_modules": r".*\.o_proj"},
+    ],
+)
+def test_other_ways_to_name_the_same_experts_are_read(
+    changes: dict[str, Any], tmp_path: Any
+) -> None:
+    model = MultiAdapterModel(tiny_moe())
+    method = lora(*EXPERTS, "o_proj")
+    model.add_slot("before", method, tensors=stirred(model, method))
+    save_adapter(tmp_path / "adapter", Adapter(method, model.tensors("before")), "tiny")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    loaded = load_adapter(tmp_path / "adapter")
+    model.add_slot("after", loaded.method, tensors=loaded.tensors)
+    assert torch.equal(logits(model, "before"), logits(model, "after"))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,21 @@ def test_a_base_from_files_is_given_back_from_them(model_folder: Path, tmp_path:
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
 
 
+def test_weights_that_a_base_keeps_in_fp32_come_back_in_it(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    section = ModelSection(source=str(model_folder), dtype="bf16")
+    model = MultiAdapterModel(load_model(resolve_model(section, tmp_path), section))
+    kept = model.base.get_parameter("model.norm.weight")
+    kept.data = kept.data.float()
+    trainer = Trainer(model)
+    trainer.join("full", make_recipe(method=FullMethod(), train={**TRAIN, "steps": 1}), ROWS)
+    trainer.step()
+    trainer.leave("full")
+    assert kept.dtype == torch.float32
+    assert model.base.get_parameter("lm_head.weight").dtype == torch.bfloat16
+
+
 def test_it_shares_the_base_with_nobody() -> None:
     model = MultiAdapterModel(tiny_model())
     bare = model.hidden(IDS, routing=Routing.single(None, len(IDS)))

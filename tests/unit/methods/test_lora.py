@@ -89,6 +89,12 @@ def test_folders_pass_between_peft_and_us(tmp_path: Path, use_rslora: bool) -> N
     assert isinstance(read.method, LoraMethod)
 
 
+def test_under_plus_a_reward_models_head_learns_at_the_rate_itself() -> None:
+    method = lora(loraplus_lr_ratio=16.0)
+    rates = {name: method.lr_scale(name) for name in ("lora_A", "lora_B", "weight")}
+    assert rates == {"lora_A": 1.0, "lora_B": 16.0, "weight": 1.0}
+
+
 def test_training_follows_peft_with_plus() -> None:
     def plus(model: PeftModel, lr: float) -> torch.optim.Optimizer:
         return create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=8.0)

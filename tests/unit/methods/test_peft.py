@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,28 @@ def test_a_target_that_matches_nothing_is_refused_with_the_near_names() -> None:
 def test_a_setting_that_does_not_fit_the_base_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match=r"PEFT cannot put C3A on LlamaForCausalLM.*block size"):
         MultiAdapterModel(tiny_model()).fresh_tensors(PeftMethod(peft_type="C3A"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": "([a-z0-9_.]+)*!"},
+        {"layers_pattern": "(h+)+"},
+        {"alpha_pattern": {"(q+)+_proj": 4}},
+    ],
+)
+def test_no_other_pattern_of_a_stranger_is_run_either(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from peft import LoHaConfig, get_peft_model
+
+    theirs = get_peft_model(tiny_model(), LoHaConfig(target_modules=["q_proj"]))
+    assert isinstance(theirs, PeftModel)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(AdapterError, match="pattern, which is not run on a stranger's word"):
+        load_adapter(tmp_path / "theirs")
 
 
 def test_a_pattern_in_a_strangers_folder_is_not_run(tmp_path: Path) -> None:

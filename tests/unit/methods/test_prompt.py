@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from graft.compressors.folder import load_adapter, save_adapter
+from graft.compressors.base import Adapter
+from graft.compressors.folder import load_adapter, save_adapter, tensor_file_bytes
 from graft.core.errors import AdapterError, ModelError
 from graft.engine.multi import MultiAdapterModel, Routing
 from graft.engine.train import Trainer
@@ -65,6 +66,15 @@ def test_a_prompt_of_a_text_is_that_text_in_front_of_each_row(tmp_path: Path) ->
         read = torch.cat([torch.tensor([ids] * len(IDS)), IDS], dim=1)
         expected = tiny_model()(input_ids=read).logits[:, len(ids) :]
     assert_close(ours, expected)
+
+
+def test_the_file_of_a_prompt_of_a_text_is_sized_without_its_base(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "base"))
+    method = PromptMethod(num_virtual_tokens=4, init_tokens="text", init_text="put lamp to")
+    adapter = Adapter(method, MultiAdapterModel(base).fresh_tensors(method))
+    save_adapter(tmp_path / "adapter", adapter, "tiny")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert tensor_file_bytes(adapter) == file.stat().st_size
 
 
 def test_a_short_text_is_repeated_and_a_long_one_cut(tmp_path: Path) -> None:

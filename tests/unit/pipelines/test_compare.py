@@ -177,6 +177,18 @@ def test_a_copy_of_the_folder_goes_on_elsewhere(
     assert [row.state for row in result.methods] == ["done", "done"]
 
 
+def test_rows_under_another_chat_template_do_not_stand_beside_these(
+    recipe_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    source = f"model.source={tmp_path / 'model'}"
+    compared(recipe_file, Units(), ["small"], source)
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{# mended #}" + template.read_text())
+    with pytest.raises(ConfigError, match="begun with another data"):
+        compared(recipe_file, Units(), ["rslora"], source)
+
+
 def test_a_row_stands_until_the_next_run_comes_to_it(recipe_file: Path) -> None:
     first = compared(recipe_file, Units())
     page = recipe_file.parent / "home" / "comparisons" / "tiny" / "comparison.json"
@@ -339,6 +351,8 @@ def test_what_cannot_run_is_a_row_with_its_reason(recipe_file: Path) -> None:
         ("data.eval=null", r"data\.eval is absent"),
         ("scale.workers=2", r"scale\.workers: 1"),
         ("train.steps={choice: [2, 4]}", "give one number"),
+        ("train.batch_size={choice: [2, 4]}", "give one number"),
+        ("train.seed={choice: [0, 1]}", "give one number"),
         ("train.init_from=some", "starts every method"),
         ("search.max_hours=2", r"search\.max_hours ends a search early"),
         ("search.objectives=[{metric: objective/reward, mode: max}]", "begins with eval/ or"),

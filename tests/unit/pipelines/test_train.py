@@ -195,6 +195,18 @@ def test_a_finished_training_from_another_start_is_not_returned(
         train(space, home=home)
 
 
+def test_a_run_does_not_go_on_under_another_chat_template(
+    recipe_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    space = load_recipe(recipe_file, [f"model.source={tmp_path / 'model'}"])
+    train(space, home=tmp_path / "home")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{# mended #}" + template.read_text())
+    with pytest.raises(ConfigError, match="holds a run with chat template ="):
+        train(space, home=tmp_path / "home")
+
+
 def test_an_experts_load_stands_in_every_report(recipe_file: Path, tmp_path: Path) -> None:
     from graft.engine.run import load_run, train_run
 

@@ -131,6 +131,8 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         (b"1: x\n", ":1: a key must be a plain name"),
         (b"? [a]\n: x\n", "a key must be a plain name"),
         (b"%YAML 1.1\n---\na: no\n", "directives"),
+        (b"# mine\n%YAML 1.1\n---\na: yes\n", "directives"),
+        (b"a: !!bool yes\n", ":1: 'yes' is no bool; write true or false"),
         (b"a: \x00\n", "not YAML"),
         ("a: é\n".encode("latin-1"), ":1: not UTF-8 text"),
         ("a: 1\n".encode("utf-16"), "not UTF-8 text"),

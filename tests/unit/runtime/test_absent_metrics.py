@@ -51,6 +51,17 @@ def test_a_metric_that_no_trial_reports_is_said_after_the_first(queue: TrialQueu
 
 
 @pytest.mark.parametrize("queue", ["eval/loss"], indirect=True)
+def test_a_trial_whose_runner_goes_without_a_word_is_run_once_more(queue: TrialQueue) -> None:
+    searcher = StudySearcher(queue, "packed")
+    for trial_id, state in (("a", "running"), ("b", "failed")):
+        given = searcher.suggest(trial_id)
+        assert isinstance(given, dict)
+        assert given["trial"] == 0
+        searcher.on_trial_complete(trial_id, error=True)
+        assert queue.study.trial(0).state == state
+
+
+@pytest.mark.parametrize("queue", ["eval/loss"], indirect=True)
 def test_a_metric_that_was_reported_but_not_finite_ends_no_search(queue: TrialQueue) -> None:
     searcher = StudySearcher(queue, "packed")
     complete(queue.study, searcher, loss=float("nan"))

@@ -106,7 +106,7 @@ def test_a_cost_of_the_end_has_no_say_at_a_rung(tmp_path: Path) -> None:
 def test_rungs_come_back_from_the_reports_of_an_earlier_driver(tmp_path: Path) -> None:
     for number, (loss, size) in enumerate([(0.5, 100), (0.9, 50), (0.4, 400)]):
         EventLog(tmp_path / str(number) / REPORTS_FILE).append("report", **report(10, loss, size))
-    ended = {tmp_path / str(n): tmp_path / str(n) for n in range(3)}
+    ended = {tmp_path / str(n): (tmp_path / str(n), 40) for n in range(3)}
     again = StudyScheduler(ASHA, [LOSS, BYTES], 40, ended)
     assert decide(again, trial(tmp_path, 3), report(10, 0.95, 50)) == "STOP"
     assert decide(again, trial(tmp_path, 4), report(10, 0.6, 60)) == "CONTINUE"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from graft.core.errors import DataError, TrainingError
 from graft.data.mixture import prepare_parts
@@ -356,8 +357,26 @@ def test_more_trials_than_slots_wait_for_a_seat(
         pack.leave(number)
 
 
+def test_a_full_disk_is_the_packs_end_and_no_trials_fault(
+    packs: Any, loaded: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_file(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    pack = packs(slots=2)
+    folders = [seat(pack, tmp_path, number, loaded.recipe) for number in range(2)]
+    for number in range(2):
+        with pytest.raises(TrainingError, match="make room there"):
+            follow(pack, number)
+    assert "No space left" in pack.loss().words
+    assert [failure_of(folder) for folder in folders] == [None, None]
+    for slot in list(pack._trainer.slots):  # other tests have the same base
+        pack._trainer.leave(slot)
+
+
 def test_an_abandoned_seat_is_freed(packs: Any, loaded: LoadedRun, tmp_path: Path) -> None:
-    pack = packs(slots=1, lease_s=1.0)
+    pack = packs(slots=1, lease_s=5.0)
     seat(pack, tmp_path, 0, loaded.recipe)
     follow(pack, 0, until=2)  # and then its runner is gone
     seat(pack, tmp_path, 1, loaded.recipe)

@@ -41,7 +41,7 @@ def test_the_worse_half_is_stopped_at_a_rung(tmp_path: Path) -> None:
 def test_ended_trials_of_an_earlier_driver_count(tmp_path: Path) -> None:
     for number, loss in enumerate((0.1, 0.2)):
         EventLog(tmp_path / str(number) / REPORTS_FILE).append("report", **report(10, loss))
-    ended = {tmp_path / name: tmp_path / name for name in "01"}
+    ended = {tmp_path / name: (tmp_path / name, 40) for name in "01"}
     scheduler = StudyScheduler(ASHA, [LOSS], 40, ended)
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.5)) == "STOP"
     assert decide(StudyScheduler(ASHA, [LOSS], 40, {}), trial(tmp_path, 2), report(10, 0.5)) == (
@@ -57,6 +57,15 @@ def test_a_resumed_trial_is_not_judged_twice_at_a_rung(tmp_path: Path) -> None:
     for number, loss in enumerate((0.1, 0.15)):
         decide(scheduler, trial(tmp_path, number), report(10, loss))
     assert scheduler.on_trial_result(None, resumed, report(15, 0.3)) == "CONTINUE"
+
+
+def test_what_workers_did_past_the_end_of_their_trial_fills_no_rung(tmp_path: Path) -> None:
+    for steps, loss in ((10, 0.9), (20, 0.1)):  # it was stopped after the first of them
+        EventLog(tmp_path / "0" / REPORTS_FILE).append("report", **report(steps, loss))
+    for last, decided in ((10, "CONTINUE"), (20, "STOP")):
+        scheduler = StudyScheduler(ASHA, [LOSS], 80, {tmp_path / "0": (tmp_path / "0", last)})
+        assert decide(scheduler, trial(tmp_path, 1), report(10, 0.8)) == "CONTINUE"
+        assert scheduler.on_trial_result(None, trial(tmp_path, 1), report(20, 0.5)) == decided
 
 
 def test_a_trial_that_goes_on_under_another_number_is_one_of_a_rung(tmp_path: Path) -> None:
@@ -108,6 +117,7 @@ def test_rungs_in_tokens_are_rebuilt_from_reports_too(tmp_path: Path) -> None:
     section = AshaScheduler(grace_tokens=1000)
     EventLog(tmp_path / "0" / REPORTS_FILE).append("report", **report(40, 0.1, tokens=1000))
     EventLog(tmp_path / "1" / REPORTS_FILE).append("report", **report(10, 0.01, tokens=250))
-    scheduler = StudyScheduler(section, [LOSS], 4000, {tmp_path / n: tmp_path / n for n in "01"})
+    ended = {tmp_path / name: (tmp_path / name, 40) for name in "01"}
+    scheduler = StudyScheduler(section, [LOSS], 4000, ended)
     assert decide(scheduler, trial(tmp_path, 2), report(10, 0.05, tokens=1000)) == "CONTINUE"
     assert decide(scheduler, trial(tmp_path, 3), report(10, 0.2, tokens=1000)) == "STOP"

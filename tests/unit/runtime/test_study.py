@@ -244,7 +244,7 @@ def test_another_recipe_on_the_same_study_is_refused(
 def hold(folder: Path, ready: Any, done: Any) -> None:
     with opened(folder):
         ready.set()
-        done.wait(30)
+        done.wait(120)
 
 
 def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
     other = context.Process(target=hold, args=(tmp_path, ready, done))
     other.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(120)
         with pytest.raises(ConfigError, match=f"process {other.pid} on"), opened(tmp_path):
             pass
     finally:
@@ -268,7 +268,7 @@ def test_a_killed_driver_leaves_a_lock_that_holds_nobody_up(tmp_path: Path) -> N
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, ready, done))
     other.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     other.kill()
     other.join()
     assert (tmp_path / "study" / "driver.lock").exists()
