@@ -80,10 +80,7 @@ class Study:
 
     @property
     def trials(self) -> list[TrialRecord]:
-        """All trials in the order of their numbers, those told infeasible included.
-
-        Trials of earlier studies, which only the sampler sees, are not among them.
-        """
+        """Its own trials in the order of their numbers, those told infeasible included."""
         return list(self.records)
 
     def trial(self, number: int) -> TrialRecord:
