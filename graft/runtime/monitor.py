@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "graft"
 TICK_S = 0.5
+_GONE_WITHIN_S = 30.0
+_LOOK_EVERY_S = 0.05
 
 
 def monitor_name(name: str) -> str:
@@ -175,4 +178,7 @@ def stop_monitor(name: str) -> bool:
         ray.get(running.stop.remote())
     finally:
         ray.kill(running, no_restart=True)
+        deadline_s = time.monotonic() + _GONE_WITHIN_S  # Ray knows the name for a moment more
+        while find_monitor(name) is not None and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_EVERY_S)
     return True
