@@ -15,7 +15,7 @@ from graft.compressors.folder import load_adapter, save_adapter
 from graft.core.errors import ConfigError, ModelError
 from graft.engine.generate import GenerationRequest, Generator
 from graft.engine.memory import ModelShape
-from graft.engine.multi import MultiAdapterModel, Routing
+from graft.engine.multi import AdapterTensors, MultiAdapterModel, Routing
 from graft.engine.multi.attention import takes_any_mask
 from graft.methods.lora import LoraMethod
 from graft.methods.prompt import PromptMethod
@@ -97,6 +97,19 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "layer_types": ["full_attention", "full_attention"],
     },
+    "phi3": {
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0] * 4,
+        },
+    },
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64},
     "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32},
 }
@@ -113,6 +126,16 @@ def base_of(architecture: str, **settings: Any) -> PreTrainedModel:
     return base
 
 
+def drawn(
+    model: MultiAdapterModel, method: LoraMethod, generator: torch.Generator
+) -> AdapterTensors:
+    """Tensors of an adapter that changes what the base says."""
+    return {
+        site: {key: torch.randn(v.shape, generator=generator) * 0.1 for key, v in own.items()}
+        for site, own in model.fresh_tensors(method).items()
+    }
+
+
 @pytest.mark.parametrize("architecture", ["opt", "qwen2_moe", "deepseek_v3"])
 @torch.no_grad()
 def test_every_layer_is_adapted_whatever_form_its_input_has(architecture: str) -> None:
@@ -123,11 +146,7 @@ def test_every_layer_is_adapted_whatever_form_its_input_has(architecture: str) -
     generator = torch.Generator().manual_seed(1)
     slots = {}
     for name in ("a", "b"):
-        fresh = model.fresh_tensors(ALL)
-        slots[name] = {
-            site: {key: torch.randn(v.shape, generator=generator) * 0.1 for key, v in own.items()}
-            for site, own in fresh.items()
-        }
+        slots[name] = drawn(model, ALL, generator)
         model.add_slot(name, ALL, tensors=slots[name])
     logits = model.logits(model.hidden(IDS, routing=Routing(("a", "b"), (1, 1))))
     for row, name in enumerate(("a", "b")):
@@ -152,10 +171,7 @@ def test_a_router_is_one_whatever_it_is_made_of_and_given(architecture: str, rou
     model.add_slot("all", ALL)
     method = LoraMethod(r=2, lora_alpha=4, target_modules=(router,))
     generator = torch.Generator().manual_seed(1)
-    tensors = {
-        site: {key: torch.randn(v.shape, generator=generator) * 0.1 for key, v in own.items()}
-        for site, own in model.fresh_tensors(method).items()
-    }
+    tensors = drawn(model, method, generator)
     model.add_slot("router", method, tensors=tensors)
     logits = model.logits(model.hidden(IDS, routing=Routing(("all", "router"), (1, 1))))
     assert len(tensors) == 1

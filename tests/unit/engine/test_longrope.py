@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Phi3Config
 
 from graft.core.errors import ConfigError
 from graft.data.records import TokenRow
@@ -16,27 +15,13 @@ from graft.engine.multi import MultiAdapterModel
 from graft.methods.lora import LoraMethod
 from graft.methods.prompt import PromptMethod
 from graft.testing import tiny_tokenizer
+from tests.unit.engine.test_architectures import SMALL, base_of
 
-SHORT = 16
+SHORT = SMALL["phi3"]["original_max_position_embeddings"]
 
 
 def model_of(*slots: str) -> MultiAdapterModel:
-    config = Phi3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        max_position_embeddings=64,
-        original_max_position_embeddings=SHORT,
-        rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(config).float().eval()
-    model = MultiAdapterModel(base)
+    model = MultiAdapterModel(base_of("phi3"))
     for name in slots:
         model.add_slot(name, LoraMethod(r=2, target_modules="all-linear"))
     return model
