@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from graft.data.records import TokenRow
@@ -19,8 +20,9 @@ from graft.engine.multi import MultiAdapterModel, Routing
 from graft.methods.routing import DropoutStream
 from graft.objectives.base import TokenOutputs
 
-_CHUNK_POSITIONS = 1024
-"""Positions whose logits stand in memory at once; more are recomputed in the backward pass."""
+_CHUNK_POSITIONS = 256
+"""Positions whose logits stand in memory at once."""
+_BLOCK_NUMBERS = 2**18
 _ENTROPY_POSITIONS = 64
 
 
@@ -161,35 +163,103 @@ def _target_logprobs(
     with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each target from the state that predicts it, in chunks; and entropies."""
+    given = hidden_PH, targets_P, temperatures_P
+    is_recorded = torch.is_grad_enabled() and hidden_PH.requires_grad
+    if is_recorded and not (model.is_owned or model.is_partitioned):
+        frozen: Any = _FrozenHead.apply
+        logprobs_P, entropy_P = frozen(model, with_entropy, *given)
+        return logprobs_P, entropy_P if with_entropy else None
 
     def of_chunk(
         hidden: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = model.logits(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperatures is not None:
-            logits = logits / temperatures[:, None].to(logits.dtype)
-        logprobs = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        return logprobs, _entropy(logits.detach()) if with_entropy else None
+        scores = _scores(model.logits(hidden), temperatures)
+        logprobs = -torch.nn.functional.cross_entropy(scores, targets, reduction="none")
+        return logprobs, _entropy(scores.detach()) if with_entropy else None
 
-    def run(start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        own = slice(start, start + _CHUNK_POSITIONS)
-        given = (
-            hidden_PH[own],
-            targets_P[own],
-            None if temperatures_P is None else temperatures_P[own],
-        )
-        if hidden_PH.shape[0] <= _CHUNK_POSITIONS or not torch.is_grad_enabled():
-            return of_chunk(*given)
-        found: tuple[torch.Tensor, torch.Tensor | None] = checkpoint(
-            of_chunk, *given, use_reentrant=False
-        )
-        return found
+    chunks = _chunks(*given)
+    if is_recorded and len(chunks) > 1:  # made again in the backward pass
+        found = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        found = [of_chunk(*chunk) for chunk in chunks]
+    logprobs, entropies = zip(*found, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 
-    starts = range(0, max(hidden_PH.shape[0], 1), _CHUNK_POSITIONS)
-    chunks = [run(start) for start in starts]
-    entropies = [entropy for _, entropy in chunks if entropy is not None]
-    return torch.cat([found for found, _ in chunks]), torch.cat(entropies) if entropies else None
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities under a head that takes no gradient; no logits are kept or made again.
+
+    A log-probability depends on its own state alone, so its gradient is what comes from above times
+    one vector, which is known as soon as the logits are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model: MultiAdapterModel,
+        with_entropy: bool,
+        hidden_PH: torch.Tensor,
+        targets_P: torch.Tensor,
+        temperatures_P: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = list[torch.Tensor](), list[torch.Tensor]()
+        slopes = list[torch.Tensor]()
+        for hidden, targets, temperatures in _chunks(hidden_PH, targets_P, temperatures_P):
+            with torch.enable_grad():
+                state = hidden.detach().requires_grad_()
+                logits = model.logits(state)
+            slope_CV = torch.empty_like(logits)
+            for rows in _blocks(logits):
+                own = None if temperatures is None else temperatures[rows]
+                log_BV = _scores(logits.detach()[rows], own).log_softmax(-1)
+                targets_B1 = targets[rows, None]
+                logprobs.append(log_BV.gather(1, targets_B1)[:, 0])
+                if with_entropy:
+                    entropies.append(-(log_BV.exp() * log_BV).sum(-1))
+                log_BV.exp_().neg_().scatter_add_(1, targets_B1, torch.ones_like(log_BV[:, :1]))
+                slope_CV[rows] = log_BV if own is None else log_BV / own[:, None].to(log_BV.dtype)
+            slopes += torch.autograd.grad(logits, state, slope_CV)
+        ctx.save_for_backward(torch.cat(slopes))
+        entropy_P = torch.cat(entropies) if with_entropy else hidden_PH.new_zeros(0)
+        ctx.mark_non_differentiable(entropy_P)
+        return torch.cat(logprobs), entropy_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, gradient_P: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        (slope_PH,) = ctx.saved_tensors
+        return None, None, (gradient_P[:, None] * slope_PH).to(slope_PH.dtype), None, None
+
+
+def _chunks(
+    hidden_PH: torch.Tensor, targets_P: torch.Tensor, temperatures_P: torch.Tensor | None
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Cuts positions into chunks; none at all are one empty chunk."""
+    cuts = [
+        slice(at, at + _CHUNK_POSITIONS)
+        for at in range(0, max(len(targets_P), 1), _CHUNK_POSITIONS)
+    ]
+    return [
+        (hidden_PH[cut], targets_P[cut], None if temperatures_P is None else temperatures_P[cut])
+        for cut in cuts
+    ]
+
+
+def _blocks(logits_CV: torch.Tensor) -> list[slice]:
+    """Cuts a chunk's rows into blocks whose softmax stays in a CPU's cache; a GPU has one."""
+    num_rows, width = logits_CV.shape
+    rows = max(1, _BLOCK_NUMBERS // width) if logits_CV.device.type == "cpu" else max(1, num_rows)
+    return [slice(at, at + rows) for at in range(0, max(num_rows, 1), rows)]
+
+
+def _scores(logits_PV: torch.Tensor, temperatures_P: torch.Tensor | None) -> torch.Tensor:
+    """Logits of the distributions that are meant, at least fp32."""
+    scores_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    if temperatures_P is None:
+        return scores_PV
+    return scores_PV / temperatures_P[:, None].to(scores_PV.dtype)
 
 
 @torch.no_grad()

@@ -144,13 +144,12 @@ class DedicatedSeats(Seats):
         self._memory = memory
         self._progress = progress
 
-    def take(self, number: int) -> dict[str, Any]:
+    def take(self, number: int, folder: Path) -> dict[str, Any]:
         """Tells a trial what is to be free before a worker of it loads."""
         from graft.engine.run_folder import RECIPE_FILE
         from graft.recipe.sections import Recipe
 
-        path = self._study.trial_folder(number) / RECIPE_FILE
-        recipe = Recipe.model_validate_json(path.read_text())
+        recipe = Recipe.model_validate_json((folder / RECIPE_FILE).read_text())
         return {"needed_bytes": self._memory.beside_process(recipe)}
 
     def loss_of(self, number: int) -> Loss:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +36,7 @@ from graft.engine.run_folder import (
     read_progress,
     save_progress,
 )
-from graft.engine.train import StepReport, Trainer
+from graft.engine.train import SlotState, StepReport, Trainer
 from graft.recipe.sections import Recipe
 from graft.runtime.trials import Loss, fail_trial
 
@@ -62,8 +64,8 @@ class _Seat:
     leaves: bool = False
     reported: int = 0
     """Step of the last report."""
-    asked_after: int = -1
-    """The trial has seen the report of this step and wants the next one."""
+    asked_after: int = 0
+    """The trial has seen the report of this step and wants the next one; it wants the first."""
     report: Report | None = None
     failure: str | None = None
     renewed_s: float = field(default_factory=time.monotonic)
@@ -122,6 +124,8 @@ class Pack:
         self._seats: dict[int, _Seat] = {}
         self._expected: dict[int, float] = {}
         """Trial on its way to a seat → when that was said."""
+        self._coming: set[int] = set()
+        """Trials that take a seat just now."""
         self._ready_s: float | None = None
         """Since when somebody is ready for the next step."""
         self._changed = threading.Condition()
@@ -145,11 +149,18 @@ class Pack:
                 self._expected[number] = time.monotonic()
 
     def join(self, number: int, folder: str) -> None:
-        """Asks for a seat; a trial that sits already keeps its own.
+        """Asks for a seat, and to be trained up to the next report.
+
+        A trial that sits already keeps its seat.
 
         Raises:
-            GraftError: The trial's recipe does not go with the rows or with the base.
+            GraftError: The trial's recipe does not go with the rows or with the base; or the trial
+                has left meanwhile.
         """
+        with self._changed:
+            if number in self._seats and not self._leaves(number):
+                return
+            self._coming.add(number)
         recipe = Recipe.model_validate_json((Path(folder) / RECIPE_FILE).read_text())
         try:
             run = self._run_of(recipe)
@@ -160,8 +171,12 @@ class Pack:
         with self._changed:
             self._changed.wait_for(lambda: self._loss or self._closed or not self._leaves(number))
             if number not in self._seats:
+                if number not in self._coming:
+                    raise TrainingError(f"trial {number} has left while it took its seat")
                 self._seats[number] = _Seat(number, Path(folder), run, run_facts(run))
-                self._changed.notify_all()
+            self._coming.discard(number)
+            self._expected.pop(number, None)
+            self._changed.notify_all()
 
     def _leaves(self, number: int) -> bool:
         return number in self._seats and self._seats[number].leaves
@@ -177,7 +192,6 @@ class Pack:
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            self._expected.pop(number, None)  # it is here, and waits in its seat
             while True:
                 if self._loss is not None:
                     raise TrainingError(self._loss.words)
@@ -200,6 +214,7 @@ class Pack:
     def leave(self, number: int) -> None:
         """Gives the seat up, or the way to it; harmless when repeated."""
         with self._changed:
+            self._coming.discard(number)
             self._expected.pop(number, None)
             if (seat := self._seats.get(number)) is not None:
                 seat.leaves = True
@@ -356,6 +371,7 @@ class Pack:
         started = time.monotonic()
         self._ready_s = None
         reports = self._trainer.step(names)
+        due: list[_Seat] = []
         for name, step in reports.items():
             seat = self._seats.get(int(name))
             if seat is None:
@@ -363,32 +379,54 @@ class Pack:
             seat.seconds += step.seconds
             seat.tokens += step.num_tokens
             seat.window.append(step)
-            try:
+            with self._failing(seat):
                 require_finite(step, seat.run.recipe)
                 if step.is_finished or step.step % seat.run.recipe.train.report_every == 0:
-                    self._report(seat)
-            except NoRoomError:  # the other trials would meet the same
-                raise
-            except (GraftError, OSError) as error:
-                self._fail(seat, str(error))
+                    due.append(seat)
+        self._report(due)
         self._last_step_s = time.monotonic() - started
 
-    def _report(self, seat: _Seat) -> None:
-        name, last = str(seat.number), seat.window[-1]
-        rows = seat.run.recipe.search.eval_rows
+    @contextmanager
+    def _failing(self, seat: _Seat) -> Iterator[None]:
+        """Ends a trial alone where it breaks, but not where the others would meet the same."""
+        try:
+            yield
+        except NoRoomError:
+            raise
+        except (GraftError, OSError) as error:
+            self._fail(seat, str(error))
+
+    def _report(self, due: Sequence[_Seat]) -> None:
+        """Measures trials and writes their checkpoints, each while the next one is measured."""
+        writing: list[tuple[_Seat, Future[None]]] = []
+        with ThreadPoolExecutor(1, "checkpoint") as writer:
+            for seat in due:
+                with self._failing(seat):
+                    measured = measure(seat.run, str(seat.number), seat.run.recipe.search.eval_rows)
+                    wait([written for _, written in writing])  # one copy of weights at a time
+                    writing.append(
+                        (seat, writer.submit(self._write, seat, *self._found(seat, measured)))
+                    )
+            for seat, written in writing:
+                with self._failing(seat):
+                    written.result()
+                    if seat.state == "done":
+                        self._trainer.leave(str(seat.number))
+
+    def _found(self, seat: _Seat, measured: Mapping[str, float]) -> tuple[SlotState, Report]:
+        name = str(seat.number)
         report = report_on(seat.window, seat.seconds, seat.tokens)
-        report |= measure(seat.run, name, rows)
-        searched = seat.run.recipe.search.objectives[0]
+        report |= measured
         state = self._trainer.state(name)
-        report |= costs_of(seat.run, name, state.tensors, report, seat.folder)
-        save_progress(seat.folder, state, report, seat.facts, searched)
+        return state, report | costs_of(seat.run, name, state.tensors, report, seat.folder)
+
+    def _write(self, seat: _Seat, state: SlotState, report: Report) -> None:
+        recipe = seat.run.recipe
+        save_progress(seat.folder, state, report, seat.facts, recipe.search.objectives[0])
         seat.window = []
-        is_done = seat.run.recipe.train.ends_with(report)
-        if is_done:
-            self._trainer.leave(name)
         with self._changed:
-            seat.reported, seat.report = last.step, report
-            seat.state = "done" if is_done else "training"
+            seat.reported, seat.report = state.step, report
+            seat.state = "done" if recipe.train.ends_with(report) else "training"
             self._changed.notify_all()
 
     def _fail(self, seat: _Seat, reason: str) -> None:

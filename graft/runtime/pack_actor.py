@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.core.errors import GraftError
 from graft.recipe.sections import Recipe
 from graft.runtime.shared_rows import SharedRows, shared_rows
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from graft.engine.run import LoadedRun
     from graft.runtime.placement import PackPlace
     from graft.runtime.trials import Loss
+
+_log = logging.getLogger(__name__)
 
 
 class PackActor:
@@ -74,9 +77,13 @@ class PackActor:
             fits=cap.fits if cap else lambda recipes: True,
         )
 
-    def expect(self, number: int) -> None:
-        """Says that a trial is on its way; see `Pack.expect`."""
+    def seat(self, number: int, folder: str) -> None:
+        """Seats a trial whose process may not be up yet; see `Pack.join`."""
         self._pack.expect(number)
+        try:
+            self._pack.join(number, folder)
+        except GraftError as error:  # the trial's folder has it, and its process meets it again
+            _log.warning("trial %d found no seat: %s", number, error)
 
     def join(self, number: int, folder: str) -> None:
         """Seats a trial; see `Pack.join`."""

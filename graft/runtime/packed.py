@@ -29,8 +29,9 @@ class PackedTrial(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Learns which trial this is.
 
-        The seat is taken at the first step and not here: Tune may make a process for a trial, then
-        give the trial to one that became free and discard the first.
+        The pack trains it already up to its first report. Its seat is made sure of at the first
+        step and not here: Tune may make a process for a trial, then give the trial to one that
+        became free and discard the first.
         """
         self._pack = ray.get_actor(config["pack"])
         self._number = int(config["trial"])
@@ -98,6 +99,10 @@ class SeatCallback(TrialCallback):
     def __init__(self, packs: Packs) -> None:
         self._packs = packs
         self._left: list[int] = []
+
+    def log_trial_start(self, trial: Any) -> None:
+        """Notices that a trial's process is up."""
+        self._packs.arrive(trial.config["trial"])
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Looks whether packs have their base; before Tune asks for trials."""

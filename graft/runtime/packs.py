@@ -1,8 +1,9 @@
 """The packs of a search: one on every device of the cluster, and which trial sits in which.
 
 A pack takes trials as soon as it has its base; a search begins with the first that has. The only
-pack there is takes them at once: their processes start while it loads. One that is lost with its
-node, or breaks, is given up: its trials take seats in the others.
+pack there is takes them before, one process at a time, so that those start on cores that its
+loading leaves free. A seated trial trains up to its first report without its process. A pack that
+is lost with its node, or breaks, is given up: its trials take seats in the others.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Packs(Seats):
         """Trial → the pack that it sits in, or sat in last."""
         self._next: _Pack | None = None
         """Whose seat was found free last."""
+        self._starting: set[int] = set()
+        """Trials that sit and have no process yet."""
         self._failure: TrainingError | None = None
         """Why the last pack that could not start did not."""
         self._has_begun = False
@@ -152,18 +155,24 @@ class Packs(Seats):
         self._next = self._freest()
         return self._next is not None
 
-    def take(self, number: int) -> dict[str, Any]:
+    def take(self, number: int, folder: Path) -> dict[str, Any]:
         """Seats a trial where most seats were free when that was asked."""
         pack = self._next
         assert pack is not None  # nobody else takes seats between the question and this
         pack.trials.add(number)
         pack.left = [other for other in pack.left if other != number]
         self._pack_of[number] = pack.name
-        pack.actor.expect.remote(number)
+        self._starting.add(number)
+        pack.actor.seat.remote(number, str(folder))
         return {"pack": pack.name}
+
+    def arrive(self, number: int) -> None:
+        """Says that a trial's process is up."""
+        self._starting.discard(number)
 
     def leave(self, number: int) -> None:
         """Frees a trial's seat for another one; harmless twice."""
+        self._starting.discard(number)
         pack = self._packs.get(self._pack_of.get(number, ""))
         if pack is not None and number in pack.trials:
             pack.trials.remove(number)
@@ -199,7 +208,7 @@ class Packs(Seats):
 
     def _freest(self) -> _Pack | None:
         open_to = [pack for pack in list(self._packs.values()) if self._answers(pack)]
-        if not open_to and len(self._packs) == 1:
+        if not open_to and len(self._packs) == 1 and not self._starting:
             open_to = list(self._packs.values())
         free = [pack for pack in open_to if len(pack.trials) < self._slots]
         return min(free, key=lambda pack: len(pack.trials), default=None)

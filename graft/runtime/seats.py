@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from graft.runtime.trials import Loss
 
 
@@ -15,8 +17,13 @@ class Seats:
         """Tells whether another trial may begin now."""
         return True
 
-    def take(self, number: int) -> dict[str, Any]:
-        """Seats a trial; returns what its process is told of that. Only where there is a seat."""
+    def take(self, number: int, folder: Path) -> dict[str, Any]:
+        """Seats a trial; returns what its process is told of that. Only where there is a seat.
+
+        Args:
+            number: Of the trial.
+            folder: Its own, where its recipe is.
+        """
         return {}
 
     def loss_of(self, number: int) -> Loss | None:

@@ -67,7 +67,11 @@ def test_a_trial_is_seated_while_the_base_is_loaded_and_reads_the_drivers_rows(
     ) as packs:
         assert packs.has_seat()
         assert said == []
-        seat = packs.take(0)
+        seat = packs.take(0, folder)
+        assert not packs.has_seat(), "processes start one at a time beside a base that is loaded"
+        packs.arrive(0)
+        assert packs.has_seat()
+        assert until(lambda: read_reports(folder)), "it trains without its process"
         trial = PackedTrial({**seat, "trial": 0, "folder": str(folder), "steps": STEPS})
         while not trial.train()["done"]:
             packs.look()
@@ -90,7 +94,7 @@ def test_a_pack_that_cannot_load_ends_the_turn_with_the_reason(
     shutil.rmtree(tmp_path / "data")
     with Packs(recipe, tmp_path, slots=2, uses_gpu=False) as packs:
         assert packs.has_seat()
-        packs.take(0)
+        packs.take(0, tmp_path)
 
         def loss() -> Any:
             return packs.loss_of(0)

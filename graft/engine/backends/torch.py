@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from graft.engine.backends.base import OptimizerState
 from graft.engine.backends.optimizers import make_optimizer, read_moments, write_moments
+from graft.engine.lanes import in_lanes, num_lanes
 from graft.recipe.sections import TrainSection
 
 
@@ -54,20 +56,36 @@ class TorchBackend:
         max_grad_norms: dict[str, float],
         after: Callable[[str], None],
     ) -> dict[str, float]:
-        """Clips and steps each named slot."""
-        norms = {}
-        for slot, optimizer in self._optimizers.items():
-            if slot in lrs:
-                parameters = [p for p in self._parameters[slot].values() if p.requires_grad]
-                norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norms[slot])
-                norms[slot] = float(norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = lrs[slot] * group["lr_scale"]
-                if math.isfinite(norms[slot]):
-                    optimizer.step()
-                    after(slot)
+        """Clips and steps each named slot, on a CPU a core each."""
+
+        def step_some(slots: Sequence[str]) -> dict[str, float]:
+            return {
+                slot: self._step_one(slot, lrs[slot], max_grad_norms[slot], after) for slot in slots
+            }
+
+        stepped = [slot for slot in self._optimizers if slot in lrs]
+        lanes = num_lanes(self._device(stepped), len(stepped))
+        found = in_lanes([partial(step_some, stepped[at::lanes]) for at in range(lanes)])
+        for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        return norms
+        return {slot: norm for norms in found for slot, norm in norms.items()}
+
+    def _device(self, slots: Sequence[str]) -> torch.device:
+        of_slots = (p.device for slot in slots for p in self._parameters[slot].values())
+        return next(of_slots, torch.device("cpu"))
+
+    def _step_one(
+        self, slot: str, lr: float, max_grad_norm: float, after: Callable[[str], None]
+    ) -> float:
+        optimizer = self._optimizers[slot]
+        parameters = [p for p in self._parameters[slot].values() if p.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        if math.isfinite(norm):
+            optimizer.step()
+            after(slot)
+        return norm
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         """Nothing to add."""

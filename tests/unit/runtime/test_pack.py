@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,42 @@ def test_a_trial_stands_still_until_its_next_report_is_asked_for(
     follow(pack, 1, until=6)
     assert [r["steps"] for r in read_reports(first)] == [2]
     assert [r["steps"] for r in read_reports(second)] == [2, 4, 6]
+
+
+def test_a_trial_trains_up_to_its_first_report_before_it_asks(
+    packs: Any, loaded: LoadedRun, tmp_path: Path
+) -> None:
+    pack = packs()
+    trial = seat(pack, tmp_path, 0, loaded.recipe)
+    deadline = time.monotonic() + 60
+    while not read_reports(trial) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert pack.seated() == {0: "training"}
+    assert [r["steps"] for r in read_reports(trial)] == [2]
+    seat(pack, tmp_path, 0, loaded.recipe)  # its process, which comes later
+    assert [r["steps"] for r in follow(pack, 0)] == [2, 4, 6]
+
+
+def test_a_trial_that_leaves_while_it_takes_its_seat_gets_none(
+    loaded: LoadedRun, tmp_path: Path
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow_run_of(recipe: Recipe) -> LoadedRun:
+        begun.set()
+        goes_on.wait(60)
+        return replace(loaded, recipe=recipe)
+
+    pack = Pack(loaded.model, slow_run_of, tmp_path, slots=2)
+    with ThreadPoolExecutor(1) as pool:
+        seated = pool.submit(seat, pack, tmp_path, 0, loaded.recipe)
+        assert begun.wait(60)
+        pack.leave(0)
+        goes_on.set()
+        with pytest.raises(TrainingError, match="trial 0 has left while it took its seat"):
+            seated.result()
+    assert pack.seated() == {}
+    pack.close()
 
 
 def test_the_first_step_waits_for_the_trials_that_are_on_their_way(
