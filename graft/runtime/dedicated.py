@@ -12,6 +12,7 @@ from graft.core.errors import DeviceMemoryError, GraftError, NoRoomError, Traini
 from graft.core.progress import QUIET, Progress
 from graft.runtime.seats import Seats
 from graft.runtime.trials import (
+    Asked,
     Loss,
     fail_trial,
     failure_of,
@@ -144,13 +145,9 @@ class DedicatedSeats(Seats):
         self._memory = memory
         self._progress = progress
 
-    def take(self, number: int, folder: Path) -> dict[str, Any]:
+    def take(self, asked: Asked, folder: Path) -> dict[str, Any]:
         """Tells a trial what is to be free before a worker of it loads."""
-        from graft.engine.run_folder import RECIPE_FILE
-        from graft.recipe.sections import Recipe
-
-        recipe = Recipe.model_validate_json((folder / RECIPE_FILE).read_text())
-        return {"needed_bytes": self._memory.beside_process(recipe)}
+        return {"needed_bytes": self._memory.beside_process(asked.recipe)}
 
     def loss_of(self, number: int) -> Loss:
         """Says what a trial did not find, or that its process is gone."""

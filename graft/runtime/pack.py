@@ -60,6 +60,8 @@ class _Seat:
     run: LoadedRun
     """Of its own recipe, on the base that all share."""
     facts: dict[str, Any]
+    need: float | None
+    """Bytes that it was predicted to take alone; None is not known."""
     state: Literal["waiting", "training", "done", "failed"] = "waiting"
     leaves: bool = False
     reported: int = 0
@@ -94,7 +96,8 @@ class Pack:
         judges: Reward models that objectives ask.
         lease_s: A trial that has not asked for this long has lost its runner and is removed.
         arrives_within_s: Before the first step, trials on their way are waited for so long.
-        fits: Tells whether some trials have room together; one alone always gets a seat.
+        fits: Tells whether some trials have room together, given what each needs alone where that
+            is known; one alone always gets a seat.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class Pack:
         judges: RewardModels | None = None,
         lease_s: float = 180.0,
         arrives_within_s: float = 10.0,
-        fits: Callable[[Sequence[Recipe]], bool] = lambda recipes: True,
+        fits: Callable[[Sequence[Recipe], Sequence[float | None]], bool] = lambda *_: True,
     ) -> None:
         self._trainer = Trainer(model, template=template, judges=judges)
         self._run_of = run_of
@@ -148,10 +151,15 @@ class Pack:
             if seat is None or seat.leaves:
                 self._expected[number] = time.monotonic()
 
-    def join(self, number: int, folder: str) -> None:
+    def join(self, number: int, folder: str, need: float | None = None) -> None:
         """Asks for a seat, and to be trained up to the next report.
 
         A trial that sits already keeps its seat.
+
+        Args:
+            number: Of the trial.
+            folder: Its own.
+            need: Bytes that it was predicted to take alone; None makes the prediction here.
 
         Raises:
             GraftError: The trial's recipe does not go with the rows or with the base; or the trial
@@ -173,7 +181,7 @@ class Pack:
             if number not in self._seats:
                 if number not in self._coming:
                     raise TrainingError(f"trial {number} has left while it took its seat")
-                self._seats[number] = _Seat(number, Path(folder), run, run_facts(run))
+                self._seats[number] = _Seat(number, Path(folder), run, run_facts(run), need)
             self._coming.discard(number)
             self._expected.pop(number, None)
             self._changed.notify_all()
@@ -299,9 +307,10 @@ class Pack:
             self._joining = ()
 
     def _has_memory_for(self, seat: _Seat) -> bool:
-        names = self._trainer.slots
-        recipes = [self._seats[int(name)].run.recipe for name in names if int(name) in self._seats]
-        return not recipes or self._fits([*recipes, seat.run.recipe])
+        there = [at for name in self._trainer.slots if (at := self._seats.get(int(name)))]
+        together = [*there, seat]
+        recipes, needs = [one.run.recipe for one in together], [one.need for one in together]
+        return not there or self._fits(recipes, needs)
 
     def _seat(self, seat: _Seat) -> None:
         self._vacate(seat)  # of an earlier stay, where the trial came back before it was removed

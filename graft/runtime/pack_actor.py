@@ -74,14 +74,14 @@ class PackActor:
             slots=slots,
             template=self._base.template,
             judges=self._base.judges,
-            fits=cap.fits if cap else lambda recipes: True,
+            fits=cap.fits if cap else lambda recipes, needs: True,
         )
 
-    def seat(self, number: int, folder: str) -> None:
+    def seat(self, number: int, folder: str, need: float | None) -> None:
         """Seats a trial whose process may not be up yet; see `Pack.join`."""
         self._pack.expect(number)
         try:
-            self._pack.join(number, folder)
+            self._pack.join(number, folder, need)
         except GraftError as error:  # the trial's folder has it, and its process meets it again
             _log.warning("trial %d found no seat: %s", number, error)
 

@@ -25,10 +25,10 @@ from graft.runtime.memory import KILLED
 from graft.runtime.pack_actor import start_pack
 from graft.runtime.placement import PackPlace, pack_places
 from graft.runtime.seats import Seats
-from graft.runtime.trials import Loss
+from graft.runtime.trials import Asked, Loss
 
 if TYPE_CHECKING:
-    from graft.engine.memory.cap import Limits
+    from graft.engine.memory.cap import MemoryCap
     from graft.recipe.sections import Recipe
     from graft.runtime.shared_rows import SharedRows
 
@@ -59,7 +59,7 @@ class Packs(Seats):
         home: Seen by every node.
         slots: Trials in training at once in each pack.
         uses_gpu: Whether a pack computes on a GPU.
-        limits: What the machines have.
+        memory: What the machines have, and what trials need of it.
         needed_bytes: That are to be free on a pack's device before it loads its base.
         rows: Prepared by the driver.
         progress: Told when there is no room.
@@ -73,13 +73,14 @@ class Packs(Seats):
         *,
         slots: int,
         uses_gpu: bool,
-        limits: Limits | None = None,
+        memory: MemoryCap | None = None,
         needed_bytes: int = 0,
         rows: SharedRows | None = None,
         progress: Progress = QUIET,
         say: Callable[..., object] = lambda event, **fields: None,
     ) -> None:
         self._slots = slots
+        self._memory = memory
         self._progress = progress
         self._say = say
         self._packs: dict[str, _Pack] = {}
@@ -102,7 +103,7 @@ class Packs(Seats):
                 home,
                 slots=slots,
                 place=place,
-                limits=limits,
+                limits=memory.limits if memory is not None else None,
                 needed_bytes=needed_bytes,
                 rows=rows,
             )
@@ -155,15 +156,16 @@ class Packs(Seats):
         self._next = self._freest()
         return self._next is not None
 
-    def take(self, number: int, folder: Path) -> dict[str, Any]:
+    def take(self, asked: Asked, folder: Path) -> dict[str, Any]:
         """Seats a trial where most seats were free when that was asked."""
-        pack = self._next
+        pack, number = self._next, asked.number
         assert pack is not None  # nobody else takes seats between the question and this
         pack.trials.add(number)
         pack.left = [other for other in pack.left if other != number]
         self._pack_of[number] = pack.name
         self._starting.add(number)
-        pack.actor.seat.remote(number, str(folder))
+        need = self._memory.need([asked.recipe]) if self._memory is not None else None
+        pack.actor.seat.remote(number, str(folder), need)
         return {"pack": pack.name}
 
     def arrive(self, number: int) -> None:

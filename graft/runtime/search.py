@@ -169,7 +169,7 @@ class Search:
             self._home,
             slots=self._section.pack_slots,
             uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
-            limits=memory.limits,
+            memory=memory,
             needed_bytes=memory.beside_process(queue.first("packed")),
             rows=self._rows,
             progress=self._watch.progress,

@@ -357,7 +357,7 @@ class StudySearcher(Searcher):
             "steps": asked.recipe.train.steps,
             "stop_at_loss": asked.recipe.train.stop_at_loss,
             "params": asked.params,
-            **self._seats.take(asked.number, folder),
+            **self._seats.take(asked, folder),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

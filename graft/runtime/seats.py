@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from graft.runtime.trials import Loss
+    from graft.runtime.trials import Asked, Loss
 
 
 class Seats:
@@ -17,11 +17,11 @@ class Seats:
         """Tells whether another trial may begin now."""
         return True
 
-    def take(self, number: int, folder: Path) -> dict[str, Any]:
+    def take(self, asked: Asked, folder: Path) -> dict[str, Any]:
         """Seats a trial; returns what its process is told of that. Only where there is a seat.
 
         Args:
-            number: Of the trial.
+            asked: The trial.
             folder: Its own, where its recipe is.
         """
         return {}

@@ -18,6 +18,7 @@ from graft.recipe import Recipe
 from graft.runtime.packed import PackedTrial
 from graft.runtime.packs import Packs
 from graft.runtime.shared_rows import share_rows
+from graft.runtime.trials import Asked
 from tests.ray.test_train_workers import pytestmark as of_workers
 from tests.ray.test_train_workers import recipe_for
 
@@ -67,7 +68,7 @@ def test_a_trial_is_seated_while_the_base_is_loaded_and_reads_the_drivers_rows(
     ) as packs:
         assert packs.has_seat()
         assert said == []
-        seat = packs.take(0, folder)
+        seat = packs.take(Asked(0, recipe, {}), folder)
         assert not packs.has_seat(), "processes start one at a time beside a base that is loaded"
         packs.arrive(0)
         assert packs.has_seat()
@@ -94,7 +95,7 @@ def test_a_pack_that_cannot_load_ends_the_turn_with_the_reason(
     shutil.rmtree(tmp_path / "data")
     with Packs(recipe, tmp_path, slots=2, uses_gpu=False) as packs:
         assert packs.has_seat()
-        packs.take(0, tmp_path)
+        packs.take(Asked(0, recipe, {}), tmp_path)
 
         def loss() -> Any:
             return packs.loss_of(0)

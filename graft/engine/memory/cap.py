@@ -84,10 +84,16 @@ class MemoryCap:
         _, predicted = self._together([recipe])
         return round(self.factor * predicted)
 
-    def fits(self, recipes: Sequence[Recipe]) -> bool:
-        """Tells whether runs fit together, as slots of one base."""
+    def fits(self, recipes: Sequence[Recipe], needs: Sequence[float | None] | None = None) -> bool:
+        """Tells whether runs fit together, as slots of one base.
+
+        Args:
+            recipes: Of all.
+            needs: Bytes that each takes alone; None is predicted here, which takes a second.
+        """
         limit = min(self.limit(recipe) for recipe in recipes)
-        largest = max(self.need([recipe]) for recipe in recipes)
+        known = zip(recipes, needs or [None] * len(recipes), strict=True)
+        largest = max(self.need([one]) if need is None else need for one, need in known)
         if len(recipes) * largest <= limit:  # on one base they need less: no dry run of so many
             return True
         return self.need(recipes) <= limit

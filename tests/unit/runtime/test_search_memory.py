@@ -432,7 +432,7 @@ def pack_of(loaded: LoadedRun, tmp_path: Path) -> Iterator[Any]:
         prepared = prepare_parts(recipe.parts, loaded.template)
         return replace(loaded, recipe=recipe, prepared=prepared)
 
-    def make(fits: Any = lambda recipes: True) -> Pack:
+    def make(fits: Any = lambda *_: True) -> Pack:
         pack = Pack(loaded.model, run_of, tmp_path, slots=4, template=loaded.template, fits=fits)
         opened.append(pack)
         return pack
@@ -477,7 +477,7 @@ def test_a_pack_that_breaks_for_another_reason_says_it(
 def test_a_trial_waits_until_it_has_room_beside_the_others(
     pack_of: Any, loaded: LoadedRun, tmp_path: Path
 ) -> None:
-    pack = pack_of(fits=lambda recipes: len(recipes) <= 2)
+    pack = pack_of(fits=lambda recipes, needs: len(recipes) <= 2)
     for number in range(3):
         seated(pack, tmp_path, number, loaded.recipe)
     assert pack.next_report(0, 0)["steps"] == 2

@@ -179,6 +179,9 @@ def test_slots_fit_where_they_need_no_more_than_there_is(count: int) -> None:
     assert need < count * largest, "what fits without a base in common fits on one"
     for room, fits in ((count * largest, True), (1.01 * need, True), (0.99 * need, False)):
         assert cap_of(Limits("cpu", round(room))).fits(recipes) is fits
+    _step_peaks.cache_clear()
+    assert cap_of(Limits("cpu", round(count * largest))).fits(recipes, [largest] * count)
+    assert _step_peaks.cache_info().misses == 0, "what is known needs no dry run"
 
 
 def test_settings_that_change_no_size_need_no_prediction_of_their_own() -> None:
