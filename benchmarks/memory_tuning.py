@@ -33,7 +33,7 @@ from graft.recipe.sections import Recipe
 GENERAL = Path(__file__).parents[1] / "examples" / "general_text" / "data" / "eval.jsonl"
 SYSTEM = "Answer briefly."
 MEMORY: dict[str, Any] = {"type": "memory"}
-MEMORY_TRAIN: dict[str, Any] = {"lr": 5e-3, "eps": 1e-4, "stop_at_loss": 0.02}
+MEMORY_TRAIN: dict[str, Any] = {"lr": 3e-3, "eps": 1e-4, "stop_at_loss": 0.02}
 """The large eps keeps Adam from full steps where gradients are tiny: on what is not the fact's."""
 LORA_LRS = (2e-4, 1e-3)
 """GRAFT's default, and five times as much, which facts may need."""

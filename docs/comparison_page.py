@@ -6,7 +6,7 @@ RECORD is the `comparison.json` that `graft compare` wrote; it and the page besi
 
 from __future__ import annotations
 
-import shutil
+import re
 import sys
 from pathlib import Path
 
@@ -42,19 +42,27 @@ def page(comparison: Comparison) -> str:
         "## How it was measured",
         explanation(comparison),
         "One base, one data set and short trainings: the order of methods is that of this setting. "
-        "Overlapping intervals are no order at all.",
+        "Overlapping intervals are no order at all. Methods trained one after another on a shared "
+        "machine, so tokens/s and seconds are rough; [benchmarks.md](benchmarks.md) has methods "
+        "race PEFT in turns.",
         "## Again",
         how,
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def without_folders(text: str, home: Path) -> str:
+    """Takes out where the machine that measured keeps its home and this project."""
+    return re.sub(r"/[^\s\"\\]*/(?=examples/)", "", text.replace(str(home), ".graft"))
+
+
 def main() -> None:
     """Copies a record and its page here if one is named, and writes the document."""
     if len(sys.argv) > 1:
         given = Path(sys.argv[1])
-        shutil.copyfile(given, RECORD)
-        shutil.copyfile(given.with_suffix(".html"), REPORT)
+        home = Comparison.model_validate_json(given.read_text()).folder
+        for source, copy in ((given, RECORD), (given.with_suffix(".html"), REPORT)):
+            copy.write_text(without_folders(source.read_text(), Path(home).parents[1]))
     comparison = Comparison.model_validate_json(RECORD.read_text(encoding="utf-8"))
     PAGE.write_text(page(comparison), encoding="utf-8")
 

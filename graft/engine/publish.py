@@ -25,6 +25,7 @@ from graft.methods.base import HEAD, split_head
 if TYPE_CHECKING:
     from graft.engine.multi import AdapterTensors
     from graft.models import ReadyModel
+    from graft.models.section import ModelSection
     from graft.recipe.sections import Recipe
 
 
@@ -154,11 +155,17 @@ def require_answers(stored: StoredAdapter, purpose: str) -> None:
         )
 
 
-def require_base(stored: StoredAdapter, ready: ReadyModel) -> None:
+def require_base(stored: StoredAdapter, ready: ReadyModel, section: ModelSection) -> None:
     """Refuses an adapter of another base, whatever its shapes.
 
+    Args:
+        stored: The adapter.
+        ready: The base.
+        section: How the base is loaded.
+
     Raises:
-        AdapterError: The digests of the bases or of their chat templates differ.
+        AdapterError: The digests of the bases or of their chat templates differ; or the adapter
+            makes up for what quantization took, and the base is not quantized so.
     """
     record = stored.record
     name = stored.digest[:12] if stored.digest else str(stored.path)
@@ -173,3 +180,12 @@ def require_base(stored: StoredAdapter, ready: ReadyModel) -> None:
             f"adapter {name} was trained with another chat template or vocabulary than that of "
             f"{ready.source}; use the tokenizer that it was trained with"
         )
+    trained = record.recipe
+    if trained.get("method", {}).get("init_lora_weights") == "loftq":
+        before, now = trained["model"]["quantization"]["type"], section.quantization.type
+        if before != now:
+            raise AdapterError(
+                f"adapter {name} makes up for what {before} took from its base (init_lora_weights "
+                f"loftq) and is wrong on one that is loaded otherwise; set model.quantization.type "
+                f"to {before}, it is {now}"
+            )

@@ -82,7 +82,7 @@ def compress(
     original = load_adapter(stored.path)
     small = _compressed(original, steps, progress)
     run = run or load_run(recipe, home)
-    require_base(stored, run.ready)
+    require_base(stored, run.ready, run.recipe.model)
     with seated(run, original, small) as (slot_before, slot_after):
         before = Form(form_name(stored), run.model, slot_before)
         after = Form("+".join(step.type for step in steps), run.model, slot_after)

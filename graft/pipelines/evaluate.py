@@ -69,7 +69,7 @@ def evaluate_reference(
     with ExitStack() as stack:
         slot = None
         if stored is not None:
-            require_base(stored, run.ready)
+            require_base(stored, run.ready, run.recipe.model)
             (slot,) = stack.enter_context(seated(run, load_adapter(stored.path)))
         report = evaluate_run(run, slot, progress=progress)
     return EvalResult(

@@ -245,7 +245,7 @@ class _Renewal:
         metric = known.get(kind) or METRICS.build(kind)
         stored = [self._store.verify(digest) for digest in (plan.champion_digest, successor)]
         for adapter in stored:
-            require_base(adapter, run.ready)
+            require_base(adapter, run.ready, run.recipe.model)
         data = require_single(run.recipe.data, "a renewal")
         # Beside the rows that the successor learned from: others of the old ones may be alike.
         new_section = data.model_copy(update={"train": plan.data.train, "eval": loop.feedback_eval})

@@ -116,7 +116,7 @@ def plan_serving(
     ready = resolve_model(recipe.model, home, progress=progress)
     store = Store(home)
     for name, reference in served.items():
-        _require_servable(store, name, reference, ready, recipe.serve.engine)
+        _require_servable(store, name, reference, ready, recipe)
     plan = ServePlan(
         name=recipe.name,
         home=home,
@@ -267,12 +267,13 @@ def _start_proxy(host: str, port: int) -> None:
 
 
 def _require_servable(
-    store: Store, name: str, reference: str, ready: ReadyModel, engine: str
+    store: Store, name: str, reference: str, ready: ReadyModel, recipe: Recipe | Sections
 ) -> None:
     from graft.engine.publish import require_answers, require_base
 
     stored = store.resolve(reference)
     require_answers(stored, f"serve {name}")
+    engine = recipe.serve.engine
     servable = METHODS.get(stored.record.method).servable
     if engine not in servable:
         known = ", ".join(sorted(servable)) or "none"
@@ -288,7 +289,7 @@ def _require_servable(
             f"{stored.record.base_source} ({str(stored.record.base_digest)[:SHORT_DIGEST]}), and "
             f"model.source is {ready.source} ({ready.digest[:SHORT_DIGEST]}); serve it with its own"
         )
-    require_base(stored, ready)  # its chat template and vocabulary, too
+    require_base(stored, ready, recipe.model)  # its chat template and vocabulary, too
 
 
 def _require_safe_host(settings: ServeSection) -> None:

@@ -78,16 +78,18 @@ def verify(
     recipe = recipe or recipe_of(stored)
     run = load_run(recipe, home)
     adapter = load_adapter(stored.path)
-    require_base(stored, run.ready)
+    require_base(stored, run.ready, run.recipe.model)
     reports = []
     if other is not None:
-        require_base(other, run.ready)
+        require_base(other, run.ready, run.recipe.model)
         with seated(run, load_adapter(other.path), adapter) as (theirs, ours):
             before = Form(form_name(other), run.model, theirs)
             form = Form(form_name(stored), run.model, ours)
             reports.append(compare_forms(run, before, form, recipe, progress))
     if adapter.method.merges and recipe.model.quantization.type == "none":
-        merged = MultiAdapterModel(merge_into_base(load_model(run.ready, recipe.model), adapter))
+        merged = MultiAdapterModel(
+            merge_into_base(load_model(run.ready, run.recipe.model), adapter)
+        )
         name = form_name(stored)
         reports.append(compare_with_adapter(run, adapter, name, merged, recipe, progress))
     return VerifyResult(digest=stored.digest, path=str(stored.path), parity=tuple(reports))

@@ -73,6 +73,7 @@ class EngineReplica:
             ChatTemplate(tokenizer),
             Store(plan.home),
             ready=plan.ready,
+            section=plan.model,
             max_batch=plan.settings.max_batch,
             max_length=plan.settings.max_length,
         )

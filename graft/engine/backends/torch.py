@@ -79,7 +79,11 @@ class TorchBackend:
     ) -> float:
         optimizer = self._optimizers[slot]
         parameters = [p for p in self._parameters[slot].values() if p.requires_grad]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        if norm + 1e-6 > max_grad_norm:  # else all would be read and written for a factor of 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if math.isfinite(norm):

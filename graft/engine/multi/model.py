@@ -88,7 +88,7 @@ class MultiAdapterModel:
     @property
     def is_partitioned(self) -> bool:
         """ZeRO-3 has divided the base between workers."""
-        return any(hasattr(parameter, "ds_id") for parameter in self.base.parameters())
+        return hasattr(next(self.base.parameters()), "ds_id")  # which divides all or none
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graft.compressors.base import Adapter
     from graft.engine.multi import MultiAdapterModel
     from graft.models.ready import ReadyModel
+    from graft.models.section import ModelSection
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class AdapterSlots:
         model: The base.
         store: Where adapters are.
         ready: The base as it was prepared: adapters of another one are refused.
+        section: How it was loaded.
         max_adapters: Beyond, unused ones are taken off, the longest unused first.
         run: Runs a function in the thread that owns the model.
     """
@@ -60,12 +62,13 @@ class AdapterSlots:
         store: Store,
         *,
         ready: ReadyModel,
+        section: ModelSection,
         max_adapters: int,
         run: Callable[[Callable[[], Any]], Awaitable[Any]],
     ) -> None:
         self._model = model
         self._store = store
-        self._ready = ready
+        self._ready, self._section = ready, section
         self._max_adapters = max_adapters
         self._run = run
         self._held: dict[str, _Held] = {}
@@ -119,7 +122,7 @@ class AdapterSlots:
         stored = self._store.open(digest)
         if stored.record.base_digest is None:
             raise AdapterError(f"adapter {digest[:12]} does not say which base it was made for")
-        require_base(stored, self._ready)
+        require_base(stored, self._ready, self._section)
         require_answers(stored, "serve")
         adapter = load_adapter(stored.path)
         if "native" not in adapter.method.servable:

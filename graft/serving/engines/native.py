@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graft.data.template import ChatTemplate
     from graft.engine.multi import MultiAdapterModel
     from graft.models.ready import ReadyModel
+    from graft.models.section import ModelSection
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class NativeEngine:
         template: Of the base.
         store: Where adapters are.
         ready: The base as it was prepared: adapters of another one are refused.
+        section: How it was loaded.
         max_batch: Requests decoded together.
         max_length: Prompt and answer together, in tokens.
         max_adapters: Adapters kept on the base; beyond, those longest unused are taken off.
@@ -56,6 +58,7 @@ class NativeEngine:
         store: Store,
         *,
         ready: ReadyModel,
+        section: ModelSection,
         max_batch: int = 16,
         max_length: int = 1024,
         max_adapters: int = 32,
@@ -69,7 +72,12 @@ class NativeEngine:
             model, tokenizer, max_batch=max_batch, max_length=self.max_length
         )
         self._slots = AdapterSlots(
-            model, store, ready=ready, max_adapters=max_adapters, run=self._in_thread
+            model,
+            store,
+            ready=ready,
+            section=section,
+            max_adapters=max_adapters,
+            run=self._in_thread,
         )
         self._open: dict[int, _Open] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from graft.artifacts import Store
 from graft.compressors.folder import load_adapter, save_adapter
 from graft.core.errors import AdapterError, ConfigError, GateRefusedError
-from graft.engine.publish import publish_adapter
+from graft.engine.publish import publish_adapter, require_base
 from graft.pipelines.compress import compress
 from graft.pipelines.export import export
 from graft.pipelines.forms import recipe_for
@@ -87,6 +87,28 @@ def test_an_adapter_of_another_base_is_refused(published: PublishedHome, tmp_pat
     with pytest.raises(AdapterError, match="was made for the base other"):
         export(str(stored.digest), target, home=published.home, format="merged")
     assert not target.exists()
+
+
+def test_an_adapter_that_makes_up_for_quantization_is_refused_on_another_base(
+    published: PublishedHome,
+) -> None:
+    content = published.recipe.model_dump(mode="json")
+    content["method"] |= {"init_lora_weights": "loftq"}
+    content["model"] |= {"quantization": {"type": "nf4"}}
+    trained = type(published.recipe).model_validate(content)
+    stored = publish_adapter(
+        Store(published.home),
+        make_adapter(),
+        recipe=trained,
+        ready=published.run.ready,
+        data_digest=None,
+        metrics={},
+    )
+    with pytest.raises(
+        AdapterError, match=r"what nf4 took .* set model\.quantization\.type to nf4"
+    ):
+        verify(str(stored.digest), recipe=published.recipe, home=published.home)
+    require_base(stored, published.run.ready, trained.model)
 
 
 def test_verify_compares_with_the_parent_and_with_the_merged_form(

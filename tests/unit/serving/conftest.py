@@ -20,6 +20,7 @@ from graft.data.template import ChatTemplate
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.lora import LoraMethod
 from graft.models.ready import ReadyModel
+from graft.models.section import ModelSection
 from graft.recipe.operation import TenantSection
 from graft.serving.catalog import Catalog
 from graft.serving.engines.native import NativeEngine
@@ -135,6 +136,7 @@ def make_site(tmp_path: Path) -> Iterator[Site]:
         ChatTemplate(tiny_tokenizer()),
         store,
         ready=READY,
+        section=ModelSection(source=READY.source),
         max_batch=4,
         max_length=MAX_LENGTH,
         max_adapters=2,

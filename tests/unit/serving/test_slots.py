@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from graft.engine.multi import MultiAdapterModel
+from graft.models.section import ModelSection
 from graft.serving.engines._slots import AdapterSlots, UnusableAdapterError
 from graft.testing import tiny_model
 from tests.unit.serving.conftest import READY, Site
@@ -23,7 +24,12 @@ class Busy:
         self.free = asyncio.Event()
         self.free.set()
         self.slots = AdapterSlots(
-            self.model, site.store, ready=READY, max_adapters=max_adapters, run=self._run
+            self.model,
+            site.store,
+            ready=READY,
+            section=ModelSection(source=READY.source),
+            max_adapters=max_adapters,
+            run=self._run,
         )
 
     async def _run(self, work: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from graft.compressors.folder import save_adapter
 from graft.data.template import ChatTemplate
 from graft.engine.multi import MultiAdapterModel
 from graft.methods.prompt import PromptMethod
+from graft.models.section import ModelSection
 from graft.serving.engines.native import NativeEngine
 from graft.serving.messages import Item, Job, Piece, Refused, Started
 from graft.testing import tiny_model, tiny_tokenizer
@@ -44,6 +45,7 @@ def test_virtual_tokens_take_of_the_context_that_a_request_may_fill(
         template,
         store,
         ready=READY,
+        section=ModelSection(source=READY.source),
         max_length=CONTEXT,
     )
     num_prompt = len(template.prompt_ids(MESSAGES, source="messages"))
