@@ -23,6 +23,7 @@ from graft.objectives.base import TokenOutputs
 _CHUNK_POSITIONS = 256
 """Positions whose logits stand in memory at once."""
 _BLOCK_NUMBERS = 2**18
+"""Logits whose softmax a CPU makes at once; a megabyte of fp32 stays in its cache."""
 _ENTROPY_POSITIONS = 64
 
 

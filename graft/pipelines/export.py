@@ -138,9 +138,7 @@ def _write_merged(
     run = load_run(recipe, home)
     require_base(stored, run.ready, run.recipe.model)
     progress.note("export: merging into the base")
-    save_merged(
-        folder, merge_into_base(load_model(run.ready, run.recipe.model), adapter), run.ready
-    )
+    save_merged(folder, merge_into_base(load_model(run.ready, recipe.model), adapter), run.ready)
     again = load_model(run.ready.model_copy(update={"path": folder}), recipe.model)
     report = compare_with_adapter(
         run, adapter, form_name(stored), MultiAdapterModel(again), recipe, progress

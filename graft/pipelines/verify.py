@@ -87,9 +87,7 @@ def verify(
             form = Form(form_name(stored), run.model, ours)
             reports.append(compare_forms(run, before, form, recipe, progress))
     if adapter.method.merges and recipe.model.quantization.type == "none":
-        merged = MultiAdapterModel(
-            merge_into_base(load_model(run.ready, run.recipe.model), adapter)
-        )
+        merged = MultiAdapterModel(merge_into_base(load_model(run.ready, recipe.model), adapter))
         name = form_name(stored)
         reports.append(compare_with_adapter(run, adapter, name, merged, recipe, progress))
     return VerifyResult(digest=stored.digest, path=str(stored.path), parity=tuple(reports))
