@@ -86,7 +86,7 @@ def evaluate(
         max_new_tokens: Longest answer.
         batch_size: Answers decoded together.
         confidence: Of the intervals.
-        rows: Only the first so many held-out rows; None is all.
+        rows: Only the first so many held-out rows, without intervals; None is all.
         scores_answers: The slot is a reward model: loss and preference are of its scores.
         judges: Reward models that metrics ask.
         progress: Told of every row.
@@ -125,7 +125,11 @@ def evaluate(
     for metric in metrics:
         for part, of_rows in _by_part(outcomes[metric.needs]).items():
             name = f"eval/{part}{metric.type}"
-            values[name], scores[name] = _measure(metric, name, slot, of_rows, confidence)
+            value, scores[name] = _score(metric, name, slot, of_rows)
+            low = high = None
+            if rows is None:
+                low, high = _interval(metric, name, of_rows, confidence)
+            values[name] = MetricValue(value=value, low=low, high=high, rows=len(of_rows))
     return EvalReport(
         slot=slot,
         metrics=values,
@@ -304,20 +308,25 @@ def _numbered(name: str, count: int) -> list[str]:
     return [f"method/{name}_{at}" for at in range(count)]
 
 
-def _measure(
-    metric: Metric, name: str, slot: str | None, rows: list[RowOutcome], confidence: float
-) -> tuple[MetricValue, tuple[float, ...]]:
+def _score(
+    metric: Metric, name: str, slot: str | None, rows: list[RowOutcome]
+) -> tuple[float, tuple[float, ...]]:
     value, scores = metric.score(rows)
     if not (math.isfinite(value) and all(map(math.isfinite, scores))):
         raise TrainingError(f"{name} of {_named(slot)} is not finite; its weights are broken")
+    return value, tuple(scores)
+
+
+def _interval(
+    metric: Metric, name: str, rows: list[RowOutcome], confidence: float
+) -> tuple[float, float]:
     rng = np.random.default_rng(derive_seed("bootstrap", name, len(rows)))
     resampled = [
         metric.score([rows[at] for at in rng.integers(0, len(rows), len(rows)).tolist()])[0]
         for _ in range(NUM_RESAMPLES)
     ]
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    interval = MetricValue(value=value, low=float(low), high=float(high), rows=len(rows))
-    return interval, tuple(scores)
+    return float(low), float(high)
 
 
 def _require(rows: Sequence[T], kind: str) -> Sequence[T]:

@@ -467,7 +467,7 @@ def evaluate_run(
         slot: Who is measured; None is the bare base.
         metrics: None is `eval.metrics`.
         prepared: Other held-out rows than the run's own.
-        rows: Only the first so many; None is all.
+        rows: Only the first so many, without intervals; None is all.
         progress: Told of every row.
     """
     from graft.engine.evaluate import evaluate

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graft.artifacts.record import MetricValue
 from graft.core.errors import ConfigError
@@ -106,7 +108,7 @@ def tune(
 ) -> TuneResult:
     """Searches, or goes on with a search that was interrupted or is given a larger budget.
 
-    A finished study is returned as it is. Bad input is refused before Ray starts.
+    A finished study is returned as it is. Bad input is refused before anything is written.
 
     Args:
         space: The recipe; `search.trials`, `max_hours` and `max_tokens` are budgets of the whole
@@ -124,6 +126,8 @@ def tune(
         TrainingError: No trial could be completed, or the study's database went away.
     """
     from graft.runtime.samplers import settled_search
+    from graft.runtime.session import names_cluster, ray_session
+    from graft.runtime.shared_rows import share_rows
     from graft.runtime.storage import require_storage
     from graft.runtime.study import open_study
     from graft.runtime.warm_start import find_earlier, take_over
@@ -131,48 +135,65 @@ def tune(
     started = time.monotonic()
     _require_holes(space)
     sections, search = space.sections(), settled_search(space)
-    _require_device(space, address)
     require_storage(sections.search)
     folder = home / "studies" / sections.name
     require_writable(folder, "the study", keep=False)
-    facts, prepared = prove(space, home=home, progress=progress)
-    earlier = find_earlier(space, facts, folder)
-    longest = _longest_trial(space, home, prepared)
-    with open_study(folder, search, facts, progress=progress) as study:
-        _save_recipe(space, folder)
-        study.enqueue(space.points())
-        take_over(study, earlier, space, progress)
-        budget = Budget(study)
-        before = budget.spending
-        with _ray_when_asked(address, num_cpus, prepared) as session:
-            train = partial(_train, longest=longest, home=home, session=session, progress=progress)
-            if budget.spent is None and study.has_work:
-                train(study, space, budget=budget)
-            else:
-                progress.note(
-                    f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
-                    f"--set {budget.ended_by}=N continues it"
-                )
-            spending, ended_by = budget.spending, budget.ended_by
-            train_finals = partial(train, searched=(study, space))
-            finals = run_finals(study, space, facts, train=train_finals, progress=progress)
-        winner = _settle(study, space, finals, prepared, home=home, progress=progress)
-        return TuneResult(
-            study=sections.name,
-            folder=str(folder),
-            trials=tuple(t for t in study.trials if t.uses_budget),
-            searched=tuple(o.metric for o in sections.search.objectives),
-            best=study.trial(winner.number),
-            finals=finals,
-            front=tuple(t.number for t in study.front()),
-            artifact=winner.artifact,
-            metrics=winner.metrics,
-            num_infeasible=sum(t.state == "infeasible" and not t.uses_budget for t in study.trials),
-            num_run=spending.num_ended - before.num_ended,
-            spending=spending,
-            ended_by=ended_by,
-            seconds=time.monotonic() - started,
-        )
+    is_joined = names_cluster(address)
+    with ExitStack() as ray_ends:
+        start = cache(lambda: ray_ends.enter_context(ray_session(address, num_cpus=num_cpus)))
+        if not folder.exists():  # else there may be nothing to train
+            _start_beside_imports(start)
+        _require_device(space, is_joined=is_joined)
+        facts, prepared = prove(space, home=home, progress=progress)
+        session = cache(lambda: (start(), share_rows(prepared)))
+        earlier = find_earlier(space, facts, folder)
+        longest = _longest_trial(space, home, prepared)
+        train = partial(_train, longest=longest, home=home, session=session, progress=progress)
+        with open_study(folder, search, facts, progress=progress) as study:
+            _save_recipe(space, folder)
+            study.enqueue(space.points())
+            take_over(study, earlier, space, progress)
+            budget = Budget(study)
+            before = budget.spending
+            with ray_ends:
+                if budget.spent is None and study.has_work:
+                    train(study, space, budget=budget)
+                else:
+                    progress.note(
+                        f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
+                        f"--set {budget.ended_by}=N continues it"
+                    )
+                spending, ended_by = budget.spending, budget.ended_by
+                train_finals = partial(train, searched=(study, space))
+                finals = run_finals(study, space, facts, train=train_finals, progress=progress)
+            winner = _settle(study, space, finals, prepared, home=home, progress=progress)
+            return _result(
+                study,
+                winner,
+                finals,
+                num_run=spending.num_ended - before.num_ended,
+                spending=spending,
+                ended_by=ended_by,
+                seconds=time.monotonic() - started,
+            )
+
+
+def _result(study: Study, winner: Winner, finals: Finals | None, **of_call: Any) -> TuneResult:
+    """Tells what a study has come to, and what of it was this call's."""
+    trials = study.trials
+    return TuneResult(
+        study=study.folder.name,
+        folder=str(study.folder),
+        trials=tuple(t for t in trials if t.uses_budget),
+        searched=tuple(o.metric for o in study.section.objectives),
+        best=study.trial(winner.number),
+        finals=finals,
+        front=tuple(t.number for t in study.front()),
+        artifact=winner.artifact,
+        metrics=winner.metrics,
+        num_infeasible=sum(t.state == "infeasible" and not t.uses_budget for t in trials),
+        **of_call,
+    )
 
 
 def _require_holes(space: RecipeSpace) -> None:
@@ -183,7 +204,7 @@ def _require_holes(space: RecipeSpace) -> None:
         )
 
 
-def _require_device(space: RecipeSpace, address: str | None) -> None:
+def _require_device(space: RecipeSpace, *, is_joined: bool) -> None:
     """Refuses what cannot be searched, or not be published here, before anything is done.
 
     The best adapter is measured and published by this process; its trials run on the cluster.
@@ -193,10 +214,9 @@ def _require_device(space: RecipeSpace, address: str | None) -> None:
     """
     from graft.engine.trainable import require_any_trainable
     from graft.models import pick_device
-    from graft.runtime.session import names_cluster
 
     device = pick_device(space.example().model)
-    if not names_cluster(address):
+    if not is_joined:
         require_any_trainable(space.examples(), device)
 
 
@@ -272,21 +292,23 @@ def _longest_trial(space: RecipeSpace, home: Path, prepared: Mapping[str, Prepar
     return tokens.most if counts_tokens else most_steps(space)
 
 
-@contextmanager
-def _ray_when_asked(
-    address: str | None, num_cpus: int | None, prepared: Mapping[str, PreparedData]
-) -> Iterator[Callable[[], tuple[RaySession, SharedRows]]]:
-    """One Ray session for both stages, with the rows in it; none starts where neither has work."""
-    from graft.runtime.session import ray_session
-    from graft.runtime.shared_rows import share_rows
+def _start_beside_imports(start: Callable[[], RaySession]) -> None:
+    """Starts Ray, which is mostly waiting, while another thread loads what comes next.
 
-    with ExitStack() as opened:
+    Ray wants the main thread. An import that fails there fails again where it is needed.
+    """
+    from graft.core.process import prepare_process
 
-        def start() -> tuple[RaySession, SharedRows]:
-            session = opened.enter_context(ray_session(address, num_cpus=num_cpus))
-            return session, share_rows(prepared)
+    def load() -> None:
+        with suppress(ImportError):
+            for name in ("graft.engine.run", "graft.pipelines.check", "graft.runtime.search"):
+                import_module(name)
 
-        yield cache(start)
+    prepare_process()
+    behind = Thread(target=load, name="imports", daemon=True)
+    behind.start()
+    start()
+    behind.join()
 
 
 def _train(

@@ -174,6 +174,24 @@ class Places:
 
 
 @contextmanager
+def bare_processes() -> Iterator[None]:
+    """Has Tune ask Ray for processes without an environment of their own.
+
+    Tune gives its trials one, for PyTorch Lightning and for credentials, neither of which a packed
+    trial meets; Ray then starts Python twice a process, and takes none that it has ready.
+    """
+    from unittest.mock import patch
+
+    from ray.tune.execution import class_cache
+
+    with (
+        patch.object(class_cache, "DEFAULT_ENV_VARS", {}),
+        patch.object(class_cache, "ENV_VARS_TO_PROPAGATE", set()),
+    ):
+        yield
+
+
+@contextmanager
 def orphans_freed() -> Iterator[None]:
     """Frees, at its end, the places that were taken inside by processes which died with them.
 

@@ -22,7 +22,13 @@ from graft.runtime.dedicated import DedicatedSeats, DedicatedTrial
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
-from graft.runtime.placement import ON_HEAD, node_places, orphans_freed, worker_needs
+from graft.runtime.placement import (
+    ON_HEAD,
+    bare_processes,
+    node_places,
+    orphans_freed,
+    worker_needs,
+)
 from graft.runtime.samplers import budget_warning, choose_sampler
 from graft.runtime.scheduler import BudgetScheduler, StudyScheduler
 from graft.runtime.searcher import Executor, StudySearcher, TrialQueue
@@ -164,17 +170,20 @@ class Search:
 
     def _packed_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
         recipe = self._space.example()
-        with Packs(
-            recipe,
-            self._home,
-            slots=self._section.pack_slots,
-            uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
-            memory=memory,
-            needed_bytes=memory.beside_process(queue.first("packed")),
-            rows=self._rows,
-            progress=self._watch.progress,
-            say=self._watch.say,
-        ) as packs:
+        with (
+            bare_processes(),
+            Packs(
+                recipe,
+                self._home,
+                slots=self._section.pack_slots,
+                uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
+                memory=memory,
+                needed_bytes=memory.beside_process(queue.first("packed")),
+                rows=self._rows,
+                progress=self._watch.progress,
+                say=self._watch.say,
+            ) as packs,
+        ):
             return self._fit(
                 tune.with_resources(PackedTrial, ON_HEAD),
                 queue,
