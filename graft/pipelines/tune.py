@@ -141,7 +141,7 @@ def tune(
     is_joined = names_cluster(address)
     with ExitStack() as ray_ends:
         start = cache(lambda: ray_ends.enter_context(ray_session(address, num_cpus=num_cpus)))
-        if not folder.exists():  # else there may be nothing to train
+        if not (is_joined or folder.exists()):  # a study that is there may have nothing to train
             _start_beside_imports(start)
         _require_device(space, is_joined=is_joined)
         facts, prepared = prove(space, home=home, progress=progress)

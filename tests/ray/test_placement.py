@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray import tune
 
 from graft.core.errors import TrainingError
 from graft.engine.checkpoint import newest_step
 from graft.engine.run_folder import CHECKPOINTS, read_reports
-from graft.runtime.placement import ON_HEAD, Places, WorkerNeeds, find_room, node_places
+from graft.runtime.placement import (
+    ON_HEAD,
+    Places,
+    WorkerNeeds,
+    bare_processes,
+    find_room,
+    node_places,
+)
 from graft.runtime.session import ray_session
 from graft.runtime.train_workers import train_on_workers
 from tests.ray.test_train_workers import recipe_for
@@ -35,6 +44,33 @@ def test_a_run_takes_the_room_that_there_is_between_its_bounds(cpus: int) -> Non
     assert find_room(WorkerNeeds(WORKER, 1, cpus)) == cpus
     assert find_room(WorkerNeeds(WORKER, 1, cpus + 3)) == cpus
     assert node_places(WORKER) == [cpus]
+
+
+class Idle(tune.Trainable):
+    """A trial that tells the environment of its process."""
+
+    def step(self) -> dict[str, Any]:
+        """Reports once."""
+        own = ray.get_runtime_context().get_runtime_env_string()
+        return {"environment": own, "done": True}
+
+
+def environment_of_trial(storage: Path) -> str:
+    results = tune.Tuner(
+        Idle,
+        run_config=tune.RunConfig(
+            storage_path=str(storage),
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    ).fit()
+    return str(results[0].metrics["environment"])
+
+
+def test_bare_processes_have_no_environment_of_their_own(cpus: int, tmp_path: Path) -> None:
+    with bare_processes():
+        assert environment_of_trial(tmp_path / "bare") == "{}"
+    assert "PL_DISABLE_FORK" in environment_of_trial(tmp_path / "given")
 
 
 def test_places_that_others_have_are_no_room(cpus: int) -> None:
