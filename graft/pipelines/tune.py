@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from graft.data.prepare import PreparedData
     from graft.recipe.sections import Recipe
     from graft.recipe.space import RecipeSpace
+    from graft.runtime.pack_actor import StartedPack
     from graft.runtime.session import RaySession
     from graft.runtime.shared_rows import SharedRows
     from graft.runtime.study import Study
@@ -141,14 +142,17 @@ def tune(
     is_joined = names_cluster(address)
     with ExitStack() as ray_ends:
         start = cache(lambda: ray_ends.enter_context(ray_session(address, num_cpus=num_cpus)))
-        if not (is_joined or folder.exists()):  # a study that is there may have nothing to train
-            _start_beside_imports(start)
+        # A study that is there may have nothing left to train.
+        begins = not (is_joined or folder.exists())
+        packs = _start_beside_imports(start, space) if begins else []
         _require_device(space, is_joined=is_joined)
         facts, prepared = prove(space, home=home, progress=progress)
         session = cache(lambda: (start(), share_rows(prepared)))
         earlier = find_earlier(space, facts, folder)
         longest = _longest_trial(space, home, prepared)
-        train = partial(_train, longest=longest, home=home, session=session, progress=progress)
+        train = partial(
+            _train, longest=longest, home=home, session=session, packs=packs, progress=progress
+        )
         with open_study(folder, search, facts, progress=progress) as study:
             _save_recipe(space, folder)
             study.enqueue(space.points())
@@ -159,10 +163,7 @@ def tune(
                 if budget.spent is None and study.has_work:
                     train(study, space, budget=budget)
                 else:
-                    progress.note(
-                        f"study {sections.name!r} has spent its {budget.ended_by}: {before.words}; "
-                        f"--set {budget.ended_by}=N continues it"
-                    )
+                    progress.note(_spent_words(study, budget))
                 spending, ended_by = budget.spending, budget.ended_by
                 train_finals = partial(train, searched=(study, space))
                 finals = run_finals(study, space, facts, train=train_finals, progress=progress)
@@ -176,6 +177,12 @@ def tune(
                 ended_by=ended_by,
                 seconds=time.monotonic() - started,
             )
+
+
+def _spent_words(study: Study, budget: Budget) -> str:
+    name, ended_by = study.folder.name, budget.ended_by
+    words = budget.spending.words
+    return f"study {name!r} has spent its {ended_by}: {words}; --set {ended_by}=N continues it"
 
 
 def _result(study: Study, winner: Winner, finals: Finals | None, **of_call: Any) -> TuneResult:
@@ -292,12 +299,16 @@ def _longest_trial(space: RecipeSpace, home: Path, prepared: Mapping[str, Prepar
     return tokens.most if counts_tokens else most_steps(space)
 
 
-def _start_beside_imports(start: Callable[[], RaySession]) -> None:
+def _start_beside_imports(start: Callable[[], RaySession], space: RecipeSpace) -> list[StartedPack]:
     """Starts Ray, which is mostly waiting, while another thread loads what comes next.
 
     Ray wants the main thread. An import that fails there fails again where it is needed.
+
+    Returns:
+        Processes for packs, which load their modules meanwhile.
     """
     from graft.core.process import prepare_process
+    from graft.runtime.pack_actor import start_packs
 
     def load() -> None:
         with suppress(ImportError):
@@ -307,8 +318,11 @@ def _start_beside_imports(start: Callable[[], RaySession]) -> None:
     prepare_process()
     behind = Thread(target=load, name="imports", daemon=True)
     behind.start()
-    start()
-    behind.join()
+    try:
+        session, example = start(), space.example()
+        return [] if example.search.executor == "dedicated" else start_packs(example, session)
+    finally:
+        behind.join()
 
 
 def _train(
@@ -320,6 +334,7 @@ def _train(
     longest: int,
     home: Path,
     session: Callable[[], tuple[RaySession, SharedRows]],
+    packs: list[StartedPack],
     progress: Progress,
 ) -> None:
     """Trains what is left of a search, or of the re-runs of one, whose budget is their number."""
@@ -334,6 +349,7 @@ def _train(
         home=home,
         session=ray,
         rows=rows,
+        started=packs,
         progress=progress,
         searched=searched,
     ).run()

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,8 @@ import ray
 from graft.core.errors import TrainingError
 from graft.core.progress import QUIET, Progress
 from graft.runtime.memory import KILLED
-from graft.runtime.pack_actor import start_pack
-from graft.runtime.placement import PackPlace, pack_places
+from graft.runtime.pack_actor import StartedPack
+from graft.runtime.placement import PackPlace
 from graft.runtime.seats import Seats
 from graft.runtime.trials import Asked, Loss
 
@@ -44,7 +43,7 @@ class _Pack:
     actor: Any
     place: PackPlace
     loaded: Any
-    """Of Ray: resolves once the pack answers."""
+    """Of Ray: resolves once the pack has its base."""
     is_ready: bool = False
     trials: set[int] = field(default_factory=set)
     left: list[int] = field(default_factory=list)
@@ -52,13 +51,13 @@ class _Pack:
 
 
 class Packs(Seats):
-    """Starts the packs and seats trials in them; a context manager around one turn.
+    """Loads the packs and seats trials in them; a context manager around one turn.
 
     Args:
         recipe: Of any trial: its model and data are those of all.
         home: Seen by every node.
         slots: Trials in training at once in each pack.
-        uses_gpu: Whether a pack computes on a GPU.
+        started: Their processes; they are ended at the end.
         memory: What the machines have, and what trials need of it.
         needed_bytes: That are to be free on a pack's device before it loads its base.
         rows: Prepared by the driver.
@@ -72,7 +71,7 @@ class Packs(Seats):
         home: Path,
         *,
         slots: int,
-        uses_gpu: bool,
+        started: Iterable[StartedPack],
         memory: MemoryCap | None = None,
         needed_bytes: int = 0,
         rows: SharedRows | None = None,
@@ -95,19 +94,17 @@ class Packs(Seats):
         self._has_begun = False
         """A pack has had its base."""
         self._started, self._has_said = time.monotonic(), False
-        for place in pack_places(ray.nodes(), uses_gpu=uses_gpu):
-            name = f"graft-pack-{uuid.uuid4().hex[:8]}"
-            actor = start_pack(
-                name,
-                recipe,
-                home,
+        limits = memory.limits if memory is not None else None
+        for name, actor, place in started:
+            loaded = actor.load.remote(
+                recipe.model_dump_json(),
+                str(home),
                 slots=slots,
-                place=place,
-                limits=memory.limits if memory is not None else None,
+                limits=limits,
                 needed_bytes=needed_bytes,
                 rows=rows,
             )
-            self._packs[name] = _Pack(name, actor, place, actor.seated.remote())
+            self._packs[name] = _Pack(name, actor, place, loaded)
 
     def __enter__(self) -> Packs:
         """Waits for the first pack that has its base, unless there is but one.

@@ -20,6 +20,7 @@ from graft.runtime.budget import Budget
 from graft.runtime.callbacks import TrialCallback
 from graft.runtime.dedicated import DedicatedSeats, DedicatedTrial
 from graft.runtime.nodes import await_node, find_limits, prepare_ops
+from graft.runtime.pack_actor import StartedPack, end_packs, start_packs
 from graft.runtime.packed import PackedTrial, SeatCallback
 from graft.runtime.packs import Packs
 from graft.runtime.placement import (
@@ -65,6 +66,7 @@ class Search:
         session: The Ray cluster.
         progress: Told of every trial.
         rows: Of its recipes; those that are missing are prepared where they are trained on.
+        started: Processes for the first packs, which are taken or ended, and the list emptied.
         searched: The search whose finalists the study trains again, and its space; None where it is
             the search itself.
     """
@@ -80,6 +82,7 @@ class Search:
         session: RaySession,
         progress: Progress,
         rows: SharedRows | None = None,
+        started: list[StartedPack] | None = None,
         searched: tuple[Study, RecipeSpace] | None = None,
     ) -> None:
         self._study = study
@@ -89,6 +92,7 @@ class Search:
         self._home = home
         self._session = session
         self._rows = rows
+        self._started = started if started is not None else []
         self._section = study.section
         self._stage: Stage = "search" if searched is None else "finalists"
         self._watch = TrialWatch(study, progress, self._stage)
@@ -170,13 +174,15 @@ class Search:
 
     def _packed_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
         recipe = self._space.example()
+        started = self._started.copy() or start_packs(recipe, self._session)
+        self._started.clear()
         with (
             bare_processes(),
             Packs(
                 recipe,
                 self._home,
                 slots=self._section.pack_slots,
-                uses_gpu=recipe.model.device != "cpu" and self._session.num_gpus > 0,
+                started=started,
                 memory=memory,
                 needed_bytes=memory.beside_process(queue.first("packed")),
                 rows=self._rows,
@@ -194,6 +200,7 @@ class Search:
             )
 
     def _dedicated_turn(self, queue: TrialQueue, memory: MemoryCap) -> Loss | None:
+        end_packs(self._started)
         recipes = queue.recipes_for("dedicated")
         places = node_places(worker_needs(recipes[0]).resources)
         workers = most_workers(self._space.scales(), places)

@@ -14,7 +14,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from graft.core.errors import TrainingError
 from graft.engine.run_folder import RECIPE_FILE, read_reports
 from graft.recipe.load import load_recipe
-from graft.runtime.pack_actor import start_pack
+from graft.runtime.pack_actor import StartedPack, end_packs, start_pack
 from graft.runtime.packed import PackedTrial
 from graft.runtime.placement import PackPlace
 from tests.ray.test_search import write_recipe
@@ -33,7 +33,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def packed(
     model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Any, Path]]:
+) -> Iterator[tuple[StartedPack, Path]]:
     """A pack of two slots in fp64, and a folder with a recipe for each of several trials."""
     folder = tmp_path_factory.mktemp("packed")
     path = write_recipe(
@@ -51,22 +51,23 @@ def packed(
         recipe = load_recipe(path, [f"train.seed={number % 3}"]).example()
         (trial / RECIPE_FILE).write_text(recipe.model_dump_json())
     place = PackPlace(ray.get_runtime_context().get_node_id(), cpus=0.5, gpus=0, threads=1)
-    pack = start_pack("pack", recipe, folder / "home", slots=2, place=place)
+    pack = start_pack(recipe, place)
+    ray.get(pack.actor.load.remote(recipe.model_dump_json(), str(folder / "home"), slots=2))
     yield pack, folder
-    ray.kill(pack)
+    end_packs([pack])
 
 
-def config_of(folder: Path, number: int) -> dict[str, Any]:
-    return {"pack": "pack", "trial": number, "folder": str(folder / str(number)), "steps": STEPS}
+def config_of(pack: StartedPack, folder: Path, number: int) -> dict[str, Any]:
+    return {"pack": pack.name, "trial": number, "folder": str(folder / str(number)), "steps": STEPS}
 
 
 def test_a_process_that_tune_discards_takes_no_seat_and_loses_no_report(
-    packed: tuple[Any, Path],
+    packed: tuple[StartedPack, Path],
 ) -> None:
     pack, folder = packed
-    config = config_of(folder, 7)
+    config = config_of(pack, folder, 7)
     discarded = PackedTrial(config)
-    assert ray.get(pack.seated.remote()) == {}
+    assert ray.get(pack.actor.seated.remote()) == {}
     kept = PackedTrial(config)
     assert kept.train()["steps"] == 4
     discarded.stop()
@@ -83,13 +84,13 @@ class PauseAtEveryReport(FIFOScheduler):
 
 
 def test_trials_that_tune_pauses_and_restores_end_as_undisturbed_ones(
-    packed: tuple[Any, Path], tmp_path: Path
+    packed: tuple[StartedPack, Path], tmp_path: Path
 ) -> None:
-    _, folder = packed
+    pack, folder = packed
     tuner = tune.Tuner(
         tune.with_resources(PackedTrial, {"CPU": 0.1}),
         param_space={
-            **config_of(folder, 0),
+            **config_of(pack, folder, 0),
             "trial": tune.grid_search([0, 1, 2]),
             "folder": tune.sample_from(lambda config: str(folder / str(config["trial"]))),
         },
@@ -105,7 +106,7 @@ def test_trials_that_tune_pauses_and_restores_end_as_undisturbed_ones(
         assert result.metrics["steps"] == STEPS
         assert result.metrics["iterations_since_restore"] == 1
         number = int(result.metrics["config"]["trial"])
-        undisturbed = PackedTrial(config_of(folder, number + 3))
+        undisturbed = PackedTrial(config_of(pack, folder, number + 3))
         for _ in range(3):
             undisturbed.train()
         undisturbed.stop()
@@ -116,8 +117,10 @@ def test_trials_that_tune_pauses_and_restores_end_as_undisturbed_ones(
             assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-6)
 
 
-def test_a_checkpoint_of_another_trial_is_refused(packed: tuple[Any, Path], tmp_path: Path) -> None:
-    _, folder = packed
-    donor, other = (PackedTrial(config_of(folder, number)) for number in (6, 7))
+def test_a_checkpoint_of_another_trial_is_refused(
+    packed: tuple[StartedPack, Path], tmp_path: Path
+) -> None:
+    pack, folder = packed
+    donor, other = (PackedTrial(config_of(pack, folder, number)) for number in (6, 7))
     with pytest.raises(TrainingError, match=r"trial 7 .* checkpoint of .*/6: .* its own recipe"):
         other.restore(donor.save(str(tmp_path / "saved")))

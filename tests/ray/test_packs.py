@@ -15,8 +15,10 @@ from graft.core.errors import TrainingError
 from graft.engine.run import load_run, train_run
 from graft.engine.run_folder import RECIPE_FILE, read_reports
 from graft.recipe import Recipe
+from graft.runtime.pack_actor import end_packs, start_packs
 from graft.runtime.packed import PackedTrial
 from graft.runtime.packs import Packs
+from graft.runtime.session import RaySession
 from graft.runtime.shared_rows import share_rows
 from graft.runtime.trials import Asked
 from tests.ray.test_train_workers import pytestmark as of_workers
@@ -49,7 +51,7 @@ def until(is_so: Callable[[], object], within_s: float = 120.0) -> Any:
 
 
 def test_a_trial_is_seated_while_the_base_is_loaded_and_reads_the_drivers_rows(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, ray_cluster: RaySession
 ) -> None:
     run = load_run(recipe, tmp_path)
     train_run(run, tmp_path / "alone", home=tmp_path, eval_rows=8)
@@ -62,7 +64,7 @@ def test_a_trial_is_seated_while_the_base_is_loaded_and_reads_the_drivers_rows(
         recipe,
         tmp_path,
         slots=2,
-        uses_gpu=False,
+        started=start_packs(recipe, ray_cluster),
         rows=rows,
         say=lambda event, **_: said.append(event),
     ) as packs:
@@ -90,10 +92,10 @@ def test_a_trial_is_seated_while_the_base_is_loaded_and_reads_the_drivers_rows(
 
 
 def test_a_pack_that_cannot_load_ends_the_turn_with_the_reason(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, ray_cluster: RaySession
 ) -> None:
     shutil.rmtree(tmp_path / "data")
-    with Packs(recipe, tmp_path, slots=2, uses_gpu=False) as packs:
+    with Packs(recipe, tmp_path, slots=2, started=start_packs(recipe, ray_cluster)) as packs:
         assert packs.has_seat()
         packs.take(Asked(0, recipe, {}), tmp_path)
 
@@ -103,3 +105,22 @@ def test_a_pack_that_cannot_load_ends_the_turn_with_the_reason(
         assert until(loss).needed_bytes is None
         with pytest.raises(TrainingError, match=r"^data file .*train\.jsonl"):
             packs.look()
+
+
+def test_a_process_that_is_not_wanted_frees_its_place(
+    recipe: Recipe, tmp_path: Path, ray_cluster: RaySession
+) -> None:
+    def free() -> float:
+        return float(ray.available_resources().get("CPU", 0.0))
+
+    before = ray.cluster_resources()["CPU"]
+    assert until(lambda: free() == before)
+    started = start_packs(recipe, ray_cluster)
+    asked = started[0].actor.seated.remote()
+    assert until(lambda: free() < before)
+    assert ray.wait([asked], timeout=0.5)[0] == [], "it has no base to answer with"
+    end_packs(started)
+    assert started == []
+    assert until(lambda: free() == before)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(asked)

@@ -152,11 +152,12 @@ def test_the_same_evaluation_gives_the_same_report_and_intervals() -> None:
     assert first == second
 
 
-def test_only_the_first_rows_are_read_when_asked() -> None:
+def test_only_the_first_rows_are_read_when_asked_without_intervals() -> None:
     report = evaluate(
         model_with_adapter(), None, held_out(), [LossMetric()], template=TEMPLATE, rows=2
     )
-    assert report.metrics["eval/loss"].rows == 2
+    measured = report.metrics["eval/loss"]
+    assert (measured.rows, measured.low, measured.high) == (2, None, None)
     assert report.slot is None
 
 
