@@ -116,6 +116,7 @@ def run_sweep(path: Path, actors: int, out: Path, *, has_asha: bool) -> list[dic
     task = read_task(path)
     threads = max(1, task.threads // actors)
     ray.init(
+        address="local",
         num_cpus=actors * threads,
         include_dashboard=False,
         log_to_driver=False,
