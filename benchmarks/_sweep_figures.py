@@ -32,8 +32,13 @@ def figures_of(rounds: list[Measured]) -> dict[str, float]:
                     [a for of in of_tokens for a in of if a["kind"] == arm["kind"]]
                 )
     difference = _winner_difference(rounds)
-    same = float(difference <= WINNERS_AGREE)
-    return figures | {"winner_same": same, "winner_loss_difference": difference}
+    figures["winner_same"] = float(difference <= WINNERS_AGREE)
+    figures["winner_loss_difference"] = difference
+    apart = _trial_differences(rounds)
+    return figures | {
+        "trial_loss_difference_median": statistics.median(apart),
+        "trial_loss_difference_largest": max(apart),
+    }
 
 
 def _ratios(of_tokens: list[list[Measured]], arm: Measured) -> dict[str, float]:
@@ -112,6 +117,22 @@ def _winner_difference(rounds: list[Measured]) -> float:
         theirs = [loss for arm, loss in losses.items() if not arm.startswith("ours")]
         differences += [abs(a - b) / b for a in ours for b in theirs]
     return max(differences)
+
+
+def _trial_differences(rounds: list[Measured]) -> list[float]:
+    """Returns how far the losses of our trials are from theirs, where no trial is stopped."""
+    differences = []
+    for row in rounds:
+        full = [arm for arm in row["arms"] if not arm["has_asha"]]
+        theirs = [arm for arm in full if arm["kind"] in RIVALS]
+        differences += [
+            abs(a - b) / b
+            for mine in full
+            if mine["kind"] == "ours"
+            for other in theirs
+            for a, b in zip(mine["held_out_losses"], other["held_out_losses"], strict=True)
+        ]
+    return differences
 
 
 def _spread(

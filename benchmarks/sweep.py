@@ -57,6 +57,10 @@ OF_ONE_STEP = 64
 GATE_STEPS = 3
 TRAINED_AGREE = {"bf16": 0.05, "fp32": 0.02}
 """Largest relative difference of losses after all steps, in which differences grow."""
+UNSTABLE = {"bf16": 1 / 8, "fp32": 0.0}
+"""Share of the trials that may end further apart. With the sweep's high rates bf16 repeats no loss:
+a trial at 256 tokens a step (r 16, alpha 32, rate 1e-3) that starts from weights 0.1 % apart ends
+between 1.60 and 2.07 by itself, in fp32 between 2.285 and 2.288."""
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
@@ -161,7 +165,9 @@ def require_same_trials(options: argparse.Namespace, found: list[Measured]) -> N
     losses = {f"{arm['kind']} of {arm['size']}": arm["held_out_losses"] for arm in full}
     ours = next(arm["held_out_losses"] for arm in full if arm["kind"] == "ours")
     tolerance = TRAINED_AGREE[options.dtype]
-    require_agreement("all trials, trained", {**losses, "ours": ours}, tolerance)
+    outliers = int(len(ours) * UNSTABLE[options.dtype])
+    name = "all trials, trained"
+    require_agreement(name, {**losses, "ours": ours}, tolerance, outliers=outliers)
 
 
 def winner_losses(

@@ -95,6 +95,7 @@ def test_a_winner_is_the_same_within_one_percent_where_nothing_was_stopped(
     figures = benchmarks._sweep_figures.figures_of(ROUNDS)
     assert figures["winner_same"] == 1.0
     assert figures["winner_loss_difference"] == pytest.approx(0.008)
+    assert figures["trial_loss_difference_largest"] == 0.0
     worse = [{**ROUNDS[0], "winner_losses": {"tune-64-1": 1.0, "ours-64-8": 1.02}}]
     assert benchmarks._sweep_figures.figures_of(worse)["winner_same"] == 0.0
 
@@ -108,6 +109,24 @@ def test_arms_whose_trials_differ_are_not_reported_on(benchmarks: ModuleType) ->
             benchmarks.sweep.require_same_trials(
                 options, [arms[0], {**arms[1], "held_out_losses": [wrong]}]
             )
+
+
+def test_a_few_trials_may_be_driven_apart_by_rounding_alone(benchmarks: ModuleType) -> None:
+    options = benchmarks.sweep.options_of(["--json", "out.json"])
+
+    def arms_with(*wrong: float) -> list[Any]:
+        losses = [2.0] * 16
+        theirs = [*wrong, *losses[len(wrong) :]]
+        ours = arm("ours", 1.0, 0.5, 8, held_out_losses=losses)
+        return [ours, arm("tune", 1.0, 0.5, held_out_losses=theirs)]
+
+    benchmarks.sweep.require_same_trials(options, arms_with(2.4, 1.8))
+    for wrong in ((2.4, 1.8, 1.8), (float("nan"),)):
+        with pytest.raises(SystemExit, match="differ"):
+            benchmarks.sweep.require_same_trials(options, arms_with(*wrong))
+    options.dtype = "fp32"
+    with pytest.raises(SystemExit, match="differ"):
+        benchmarks.sweep.require_same_trials(options, arms_with(2.4))
 
 
 def test_the_points_are_all_configurations_in_an_order_of_the_seed(benchmarks: ModuleType) -> None:
