@@ -31,9 +31,10 @@ def figures_of(rounds: list[Measured]) -> dict[str, float]:
                 figures |= own_costs(
                     [a for of in of_tokens for a in of if a["kind"] == arm["kind"]]
                 )
-    difference = _winner_difference(rounds)
+    difference, of_rivals = _winner_differences(rounds)
     figures["winner_same"] = float(difference <= WINNERS_AGREE)
     figures["winner_loss_difference"] = difference
+    figures["winner_loss_difference_of_rivals"] = of_rivals
     apart = _trial_differences(rounds)
     return figures | {
         "trial_loss_difference_median": statistics.median(apart),
@@ -108,15 +109,20 @@ def _further_trial_s(arm: Measured) -> float:
     return float(beside / (len(arm["trained_s"]) - 1))
 
 
-def _winner_difference(rounds: list[Measured]) -> float:
-    """Returns how far our winners' losses are from theirs at most, where no trial is stopped."""
-    differences = [0.0]
+def _winner_differences(rounds: list[Measured]) -> tuple[float, float]:
+    """Returns how far winners' losses are apart at most, where no trial is stopped.
+
+    Returns:
+        Ours from the rivals', and the rivals' from one another.
+    """
+    differences, of_rivals = [0.0], [0.0]
     for row in rounds:
         losses = {k: v for k, v in row["winner_losses"].items() if not k.endswith("-asha")}
         ours = [loss for arm, loss in losses.items() if arm.startswith("ours")]
         theirs = [loss for arm, loss in losses.items() if not arm.startswith("ours")]
         differences += [abs(a - b) / b for a in ours for b in theirs]
-    return max(differences)
+        of_rivals += [abs(a - b) / b for a in theirs for b in theirs]
+    return max(differences), max(of_rivals)
 
 
 def _trial_differences(rounds: list[Measured]) -> list[float]:

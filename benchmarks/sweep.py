@@ -13,8 +13,8 @@ result; start-up is the part until the first training step is done (of every pro
 Rows are cuts of what is said in the smart home, 64 tokens each (16 at 16 tokens a step), every
 token but the first a target. All arms have the same rows in the same order, the same weights to
 start from, and measure each trial on the same 8 held-out rows. Before anything is timed one trial
-of each is trained, and their losses must agree; afterwards those of all trials must. Winners are
-judged alike on 64 held-out rows.
+of each is trained, and their losses must agree; afterwards those of all trials must, but for the
+few that rounding alone drives apart. Winners are judged alike on 64 held-out rows.
 
 Arms take turns, forwards in one round and backwards in the next. Our start-up and what a further
 trial costs beside its training are measured on trials of one step. No round begins that would

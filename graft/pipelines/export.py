@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from graft.artifacts import ParityReport, Store, StoredAdapter
-from graft.core.errors import AdapterError, ConfigError
+from graft.core.errors import AdapterError, ConfigError, ModelError
 from graft.core.files import fsync_folder
 from graft.core.model import StrictModel
 from graft.core.progress import QUIET, Progress
@@ -31,6 +32,9 @@ class ExportResult(StrictModel):
     num_bytes: int
     parity: ParityReport | None
     """Of a merged form, read back from disk; a PEFT form is compared bit by bit instead."""
+    is_read_by_peft: bool | None = None
+    """PEFT itself took every tensor of a LoRA up, on the base's shape; None where that was not
+    tried: another form or method, or the base's `config.json` is not here."""
 
 
 def export(
@@ -54,7 +58,8 @@ def export(
         progress: Told of every stage.
 
     Raises:
-        AdapterError: The adapter is unknown or damaged, or has no such form, or `to` exists.
+        AdapterError: The adapter is unknown or damaged, or has no such form, or `to` exists, or
+            PEFT would leave tensors out.
         ConfigError: `to` cannot be written.
         GateRefusedError: The merged form says something else; nothing is left on disk.
     """
@@ -71,15 +76,21 @@ def export(
             "use --format merged"
         )
     to = to.expanduser().absolute()
-    parity = None
+    parity, is_read_by_peft = None, None
     with _becoming(to) as temporary:
         if format == "peft":
             _write_peft(temporary, adapter, stored)
+            is_read_by_peft = _is_read_by_peft(temporary, stored, home)
         else:
             parity = _write_merged(temporary, adapter, stored, home, recipe, progress)
     num_bytes = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     return ExportResult(
-        path=str(to), format=format, digest=stored.digest, num_bytes=num_bytes, parity=parity
+        path=str(to),
+        format=format,
+        digest=stored.digest,
+        num_bytes=num_bytes,
+        parity=parity,
+        is_read_by_peft=is_read_by_peft,
     )
 
 
@@ -116,6 +127,25 @@ def _write_peft(folder: Path, adapter: Adapter, stored: StoredAdapter) -> None:
         for key, value in of_site.items():
             if not torch.equal(again.tensors[site][key], value):
                 raise AdapterError(f"{folder}: {site}.{key} was not written as it is; disk fault?")
+
+
+def _is_read_by_peft(folder: Path, stored: StoredAdapter, home: Path) -> bool | None:
+    """Has PEFT read a LoRA that answers, where the shape of its base is known; else None."""
+    from graft.compressors.folder import CONFIG
+    from graft.engine.memory.shape import ModelShape
+    from graft.engine.peft_reading import require_taken_by_peft
+    from graft.models import find_config
+    from graft.pipelines.forms import recipe_of
+
+    peft_type = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    if peft_type != "LORA" or stored.record.purpose != "answers":
+        return None
+    try:
+        shape = ModelShape.of(find_config(recipe_of(stored).model, home))
+    except (ConfigError, ModelError):  # a folder without a recipe, or a base that is elsewhere
+        return None
+    require_taken_by_peft(folder, shape)
+    return True
 
 
 def _write_merged(

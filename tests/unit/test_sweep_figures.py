@@ -95,6 +95,7 @@ def test_a_winner_is_the_same_within_one_percent_where_nothing_was_stopped(
     figures = benchmarks._sweep_figures.figures_of(ROUNDS)
     assert figures["winner_same"] == 1.0
     assert figures["winner_loss_difference"] == pytest.approx(0.008)
+    assert figures["winner_loss_difference_of_rivals"] == pytest.approx(0.004)
     assert figures["trial_loss_difference_largest"] == 0.0
     worse = [{**ROUNDS[0], "winner_losses": {"tune-64-1": 1.0, "ours-64-8": 1.02}}]
     assert benchmarks._sweep_figures.figures_of(worse)["winner_same"] == 0.0

@@ -34,7 +34,8 @@ As = Annotated[
 
 def show(result: ExportResult, console: Console) -> None:
     """Prints where it is."""
-    console.print(f"{result.format}: {result.path} ({result.num_bytes:,} bytes, read back whole)")
+    readers = "read back whole, by PEFT too" if result.is_read_by_peft else "read back whole"
+    console.print(f"{result.format}: {result.path} ({result.num_bytes:,} bytes, {readers})")
 
 
 @verb(show)

@@ -161,6 +161,7 @@ def test_an_exported_int8_adapter_is_plain_peft_with_the_served_numbers(
     for site, of_site in served.tensors.items():
         assert all(torch.equal(again.tensors[site][k], v) for k, v in of_site.items())
     assert result.num_bytes > 0
+    assert result.is_read_by_peft
 
 
 def test_an_export_that_cannot_be_written_says_so_and_leaves_nothing(
