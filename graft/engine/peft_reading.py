@@ -6,6 +6,7 @@ its rewriting has no place; whoever loads them gets another model, and a warning
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,10 +35,11 @@ def require_taken_by_peft(folder: Path, shape: ModelShape) -> None:
         base = shape.build("eager", torch.float32)
     path = str(folder)
     try:
-        model = peft.PeftModel(
-            base, peft.PeftConfig.from_pretrained(path), "default", low_cpu_mem_usage=True
-        )
-        found = model.load_adapter(path, "default", torch_device="cpu", low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"):  # what is lost is told below
+            model = peft.PeftModel(
+                base, peft.PeftConfig.from_pretrained(path), "default", low_cpu_mem_usage=True
+            )
+            found = model.load_adapter(path, "default", torch_device="cpu", low_cpu_mem_usage=True)
     except Exception as error:  # PEFT raises many kinds for one cause
         raise AdapterError(
             f"PEFT {peft.__version__} does not load this adapter onto its base "
